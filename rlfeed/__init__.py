@@ -1,0 +1,1 @@
+"""rlfeed: reinforcement-learning rollouts and replay on PyTorch and Gymnasium."""

@@ -1,0 +1,409 @@
+"""What travels through the data path: `Step` in, `Batch` out, and the protocols users implement."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Int64
+from torch import Tensor
+
+from rlfeed.errors import FieldError
+from rlfeed.nest import Nest, Path, build, map_nest
+
+Mode = Literal["explore", "greedy", "random"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Step:
+    """Hold one step of up to N environments: k <= N rows, of the environments ``env_ids``.
+
+    Args:
+        observation: What the policy acted on, ``[k, ...]`` per leaf.
+        action: What it did, ``[k, ...]`` per leaf.
+        reward: ``[k]``.
+        next_observation: What the environment returned for that action, ``[k, ...]``: the true final observation
+            where an episode ended, never the next episode's first one.
+        terminated: ``[k]`` bool, as Gymnasium defines it.
+        truncated: ``[k]`` bool, as Gymnasium defines it.
+        is_first: ``[k]`` bool, True where this is the first step of an episode.
+        env_ids: ``[k]`` int64; None means 0 .. k-1.
+        lost: ``[k]`` bool, True where the environment was lost in this step: the step is not stored and the
+            episode is cut. None means nowhere.
+        carry: The policy's recurrent state *before* ``observation``, ``[k, ...]`` per leaf; ``()`` when stateless.
+        extras: What else the policy gave (log_prob, value, ...), ``[k, ...]`` per leaf, by name.
+    """
+
+    observation: Nest
+    action: Nest
+    reward: np.ndarray
+    next_observation: Nest
+    terminated: np.ndarray
+    truncated: np.ndarray
+    is_first: np.ndarray = field(kw_only=True)
+    env_ids: np.ndarray | None = field(default=None, kw_only=True)
+    lost: np.ndarray | None = field(default=None, kw_only=True)
+    carry: Nest = field(default=(), kw_only=True)
+    extras: dict[str, Nest] = field(default_factory=dict, kw_only=True)
+
+    def __len__(self) -> int:
+        """Count the rows.
+
+        Returns:
+            k, the number of environments in this step.
+        """
+        return len(self.reward)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Describe where one field of a batch lies in its block.
+
+    Args:
+        name: The `Batch` field.
+        path: The leaf's path inside the field; ``()`` where the field is one tensor.
+        dtype: Its torch dtype.
+        shape: Its shape, batch axes included.
+        offset: Bytes from the start of the block, a multiple of 64.
+    """
+
+    name: str
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+class Layout:
+    """Say how the fields of a batch are carved, densely, from one contiguous block.
+
+    Args:
+        slots: The fields in order.
+        nbytes: The block's length in bytes, a multiple of 64.
+    """
+
+    __slots__ = ("_plan", "nbytes", "slots")
+
+    def __init__(self, slots: tuple[Slot, ...], nbytes: int) -> None:
+        self.slots, self.nbytes = slots, nbytes
+        self._plan = [(s, s.offset // s.dtype.itemsize, _strides(s.shape)) for s in slots]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Layout, (self.slots, self.nbytes)
+
+    def views(self, block: Tensor) -> dict[str, Nest]:
+        """Carve the fields out of a block.
+
+        Args:
+            block: uint8, at least ``nbytes`` long.
+
+        Returns:
+            The fields by name: nests of dense tensors that share the block's memory.
+        """
+        # One reinterpretation per dtype, then one as_strided per field: 0.7 us each instead of 2 for narrow+view+view.
+        typed = {torch.uint8: block}
+        tensors: list[tuple[Slot, Tensor]] = []
+        for slot, start, strides in self._plan:
+            base = typed.get(slot.dtype)
+            if base is None:
+                base = typed[slot.dtype] = block.view(slot.dtype)
+            tensors.append((slot, base.as_strided(slot.shape, strides, start)))
+        out: dict[str, Nest] = {}
+        nested: dict[str, list[tuple[Path, Tensor]]] = {}
+        for slot, tensor in tensors:
+            if slot.path:
+                nested.setdefault(slot.name, []).append((slot.path, tensor))
+            else:
+                out[slot.name] = tensor
+        for name, pairs in nested.items():
+            out[name] = build(pairs)
+        return out
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Batch:
+    """Hold a batch for a learner: ``[B, ...]`` from `Transition`, padded ``[B, T, ...]`` from `Sequence` and `Episode`.
+
+    Every field is dense and, when the batch came from the replay, all lie in one contiguous block, so that it is
+    pinned, moved and sent between processes as one piece. Padded values are zeros. Fields that a unit does not have
+    are None.
+
+    Args:
+        observation: ``[B, ...]``, or ``[B, T+1, ...]``: the last valid one is the successor of the last step.
+        action: ``[B, ...]`` or ``[B, T, ...]``.
+        reward: ``[B]`` (the n-step sum) or ``[B, T]``.
+        terminated: ``[B]`` or ``[B, T]``.
+        truncated: ``[B]`` or ``[B, T]``.
+        discount: ``[B]`` = gamma^k (1 - terminated), k the steps really summed; ``[B, T]`` = gamma (1 - terminated).
+        next_observation: ``[B, ...]`` after k steps; None for sequences (``observation[:, 1:]``).
+        mask: ``[B, T]``, True = a stored step, burn-in included.
+        loss_mask: ``[B, T]``, True = a step to train on, burn-in excluded.
+        lengths: ``[B]`` int64, steps that are not padding.
+        is_first: ``[B, T]``, True where an episode begins.
+        burn_in: ``[B]`` int64, burn-in steps really there.
+        carry: What the policy's recurrent state was before the first observation, ``[B, ...]``.
+        prev_action: The action before the first observation, zeros where it opens an episode, ``[B, ...]``.
+        prev_reward: The reward before the first observation, zeros where it opens an episode, ``[B]``.
+        final_observation: ``[K, ...]``, final observations of episodes that ended inside a block of a rollout.
+        final_index: ``[K, 2]`` int64, their (row, step).
+        ids: ``[B]`` int64, names the (first) step for late updates; stays on the CPU.
+        weights: ``[B]`` float32, importance weights; ones for uniform draws.
+        source: ``[B]`` int64, which of several mixed buffers a row came from.
+        extras: What the policy stored beside (log_prob, value, ...), by name, shaped as ``action`` is.
+    """
+
+    observation: Nest
+    action: Nest
+    reward: Float32[Tensor, "*batch"]
+    terminated: Bool[Tensor, "*batch"]
+    truncated: Bool[Tensor, "*batch"]
+    discount: Float32[Tensor, "*batch"] | None = None
+    next_observation: Nest | None = None
+    mask: Bool[Tensor, "B T"] | None = None
+    loss_mask: Bool[Tensor, "B T"] | None = None
+    lengths: Int64[Tensor, " B"] | None = None
+    is_first: Bool[Tensor, "B T"] | None = None
+    burn_in: Int64[Tensor, " B"] | None = None
+    carry: Nest = ()
+    prev_action: Nest | None = None
+    prev_reward: Float32[Tensor, " B"] | None = None
+    final_observation: Nest | None = None
+    final_index: Int64[Tensor, "K 2"] | None = None
+    ids: Int64[Tensor, " B"] | None = None
+    weights: Float32[Tensor, " B"] | None = None
+    source: Int64[Tensor, " B"] | None = None
+    extras: dict[str, Nest] = field(default_factory=dict)
+    _block: Tensor | None = field(default=None, init=False, repr=False)
+    _layout: Layout | None = field(default=None, init=False, repr=False)
+
+    @classmethod
+    def carve(cls, block: Tensor, layout: Layout, ids: Tensor | None = None) -> "Batch":
+        """Make a batch whose fields are views of one block.
+
+        Args:
+            block: uint8 memory of at least ``layout.nbytes``.
+            layout: Where each field lies.
+            ids: ``[B]``, replaces the block's ids (they stay on the CPU when the block moves to a device).
+
+        Returns:
+            The batch.
+        """
+        values = layout.views(block)
+        if ids is not None:
+            values["ids"] = ids
+        batch = cls(**values)
+        object.__setattr__(batch, "_block", block)
+        object.__setattr__(batch, "_layout", layout)
+        return batch
+
+    def __len__(self) -> int:
+        """Count the rows.
+
+        Returns:
+            B.
+        """
+        return self.reward.shape[0]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # One tensor crosses a process boundary instead of fifteen: torch's worker queue costs 215 us for each.
+        if self._block is not None and self._layout is not None:
+            return Batch.carve, (self._block, self._layout, self.ids)
+        return _rebuild, ({f.name: getattr(self, f.name) for f in fields(self) if f.init},)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
+        """Apply a function to every tensor, ``ids`` included.
+
+        Args:
+            fn: Called with one tensor.
+
+        Returns:
+            A new batch of the results, no longer one block.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        return Batch(**{name: None if value is None else map_nest(fn, value) for name, value in values.items()})
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """Copy the batch to a device, in one transfer where its fields lie in one block; ``ids`` stay on the CPU.
+
+        Args:
+            device: Where to.
+            non_blocking: Do not wait for the copy; meaningful from pinned memory only.
+
+        Returns:
+            The batch on the device (the same batch where it is already there).
+        """
+        target = torch.device(device)
+        if self.reward.device == target or (target.index is None and self.reward.device.type == target.type):
+            return self
+        if self._block is not None and self._layout is not None:
+            return Batch.carve(self._block.to(target, non_blocking=non_blocking), self._layout, self.ids)
+        moved = self.map(lambda tensor: tensor.to(target, non_blocking=non_blocking))
+        object.__setattr__(moved, "ids", self.ids)
+        return moved
+
+    def pin_memory(self) -> "Batch":
+        """Copy the batch into page-locked memory, from which a device copies without waiting.
+
+        Returns:
+            The pinned batch.
+        """
+        if self._block is not None and self._layout is not None:
+            return Batch.carve(self._block.pin_memory(), self._layout)
+        return self.map(lambda tensor: tensor.pin_memory())
+
+    def is_pinned(self) -> bool:
+        """Tell whether the batch lies in page-locked memory.
+
+        Returns:
+            True where it does.
+        """
+        return self.reward.is_pinned()
+
+    def clone(self) -> "Batch":
+        """Copy the batch into memory of its own.
+
+        Returns:
+            The copy, with the same layout.
+        """
+        if self._block is not None and self._layout is not None:
+            ids = None if self.ids is None else self.ids.clone()
+            return Batch.carve(self._block.clone(), self._layout, ids)
+        return self.map(lambda tensor: tensor.clone())
+
+
+def _rebuild(values: dict[str, Any]) -> Batch:
+    return Batch(**values)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PolicyContext:
+    """Tell a policy what it may need beside the observation.
+
+    Args:
+        is_first: ``[k]`` bool, True where an episode begins with this observation.
+        mode: ``"explore"`` (collect), ``"greedy"`` (evaluate) or ``"random"`` (prefill).
+        env_ids: ``[k]`` int64, which environments the rows belong to.
+        env_steps: Steps taken so far, summed over environments: the clock of exploration schedules.
+        prev_action: The action before, zeros where ``is_first``.
+        prev_reward: ``[k]`` float32, the reward before, zeros where ``is_first``.
+        action_mask: ``[k, A]`` bool of allowed actions, or None.
+        generator: The rollout's own NumPy generator: the only source of randomness a policy should use.
+    """
+
+    is_first: np.ndarray
+    mode: Mode
+    env_ids: np.ndarray
+    env_steps: int
+    prev_action: Nest
+    prev_reward: np.ndarray
+    action_mask: np.ndarray | None
+    generator: np.random.Generator
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PolicyOutput:
+    """Hold what a policy decided for k rows.
+
+    Args:
+        action: ``[k, ...]`` per leaf.
+        carry: The recurrent state after the observation; ``()`` when stateless.
+        extras: Columns to store beside (log_prob, value, ...), by name.
+    """
+
+    action: Nest
+    carry: Nest = ()
+    extras: dict[str, Nest] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Decide actions, statelessly or with a carry that the rollout keeps and resets."""
+
+    def initial_carry(self, num_envs: int) -> Nest:
+        """Give the recurrent state with which episodes begin.
+
+        Args:
+            num_envs: Rows.
+
+        Returns:
+            A nest of ``[num_envs, ...]``; ``()`` when stateless.
+        """
+        ...
+
+    def __call__(self, observation: Nest, carry: Nest, context: PolicyContext) -> PolicyOutput:
+        """Decide for every row.
+
+        Args:
+            observation: What to act on, ``[k, ...]`` per leaf.
+            carry: The recurrent state before it, ``[k, ...]`` per leaf.
+            context: Episode beginnings, mode, randomness, ...
+
+        Returns:
+            Actions, the next carry, and columns to store.
+        """
+        ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Be saved and resumed exactly."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the state as nested dicts of numbers, strings, arrays and tensors.
+
+        Returns:
+            The state; it shares no memory with the object.
+        """
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take a state back.
+
+        Args:
+            state: What `state_dict` gave.
+        """
+        ...
+
+
+@runtime_checkable
+class Logger(Protocol):
+    """Receive scalars by declared tag."""
+
+    def scalar(self, tag: str, value: float, env_steps: int) -> None:
+        """Record one value.
+
+        Args:
+            tag: A tag of ``rlfeed.log.tags``.
+            value: The value, in the tag's unit.
+            env_steps: The x-axis of every curve.
+        """
+        ...
+
+    def close(self) -> None:
+        """Write what is pending and release files."""
+        ...
+
+
+def check_rows(name: str, value: Any, rows: int) -> None:
+    """Check that an array has one entry per row.
+
+    Args:
+        name: The field, for the error.
+        value: The array.
+        rows: How many rows are expected.
+
+    Raises:
+        FieldError: If the leading axis differs.
+    """
+    shape = np.shape(value)
+    if not shape or shape[0] != rows:
+        raise FieldError(f"{name}: has shape {shape}; expected a leading axis of {rows}, one entry per environment.")
