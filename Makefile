@@ -1,0 +1,59 @@
+# Two commands on a fresh machine: `make train` and `make test`. They need Python 3.11 or newer, pip and make.
+# Set-up is remembered in stamp files and done again only when pyproject.toml or constraints.txt changes.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+
+.PHONY: help train test test-slow lint tensorboard benchmark clean
+
+help:
+	@echo "make train [ARGS=...]      train DQN on CartPole-v1, or what ARGS says: ARGS=\"dqn --env.id Acrobot-v1\""
+	@echo "make test [ARGS=...]       run the tests"
+	@echo "make test-slow             run the long learning tests as well"
+	@echo "make lint                  ruff and pyright"
+	@echo "make tensorboard           show the curves of all runs"
+	@echo "make benchmark [ARGS=...]  measure the data path on this machine"
+	@echo "make clean                 remove the environment and caches; runs stay"
+
+train: $(VENV)/cli.stamp
+	$(BIN)/python scripts/train.py $(ARGS)
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+tensorboard: $(VENV)/cli.stamp
+	$(BIN)/tensorboard --logdir runs $(ARGS)
+
+benchmark: $(VENV)/cli.stamp
+	$(BIN)/python scripts/benchmark.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A half-made environment has no stamp, so it is made again.
+$(VENV)/created.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: $(PYTHON) is older than Python 3.11; expected 3.11 or newer. Run: make PYTHON=python3.11 ..."; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/cli.stamp: $(VENV)/created.stamp pyproject.toml constraints.txt
+	$(INSTALL) -e ".[cli]"
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/created.stamp pyproject.toml constraints.txt
+	$(INSTALL) -e ".[dev]"
+	@touch $@
