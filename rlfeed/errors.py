@@ -14,6 +14,7 @@
     │   ├── RunDirectoryError  FileExistsError  the run directory is taken, missing or locked
     │   └── TagError           LookupError    a TensorBoard tag nobody declared
     ├── EnvContractError       RuntimeError   an environment broke Gymnasium's contract
+    ├── EnvFailedError         RuntimeError   an environment raised in reset() or step()
     ├── PolicyError            RuntimeError   a policy returned something unusable
     ├── NotEnoughDataError     RuntimeError   nothing to draw yet, with what is needed
     ├── StaleReadError         RuntimeError   rows were overwritten faster than they could be read
@@ -88,6 +89,10 @@ class TagError(UsageError, LookupError):
 
 class EnvContractError(RlfeedError, RuntimeError):
     """Report an environment that broke Gymnasium's contract."""
+
+
+class EnvFailedError(RlfeedError, RuntimeError):
+    """Report an environment that raised in reset() or step()."""
 
 
 class PolicyError(RlfeedError, RuntimeError):

@@ -1,0 +1,20 @@
+"""Environments: made by name, and one contract for what comes out of them."""
+
+from rlfeed.envs.autoreset import Envs, Outcome, Ready, VectorEnvs
+from rlfeed.envs.make import as_envs, make_envs
+from rlfeed.envs.seeds import NumberedEpisodes, episode_seed
+from rlfeed.envs.serial import SerialEnvs
+from rlfeed.envs.source import EnvSource
+
+__all__ = [
+    "EnvSource",
+    "Envs",
+    "NumberedEpisodes",
+    "Outcome",
+    "Ready",
+    "SerialEnvs",
+    "VectorEnvs",
+    "as_envs",
+    "episode_seed",
+    "make_envs",
+]

@@ -1,0 +1,258 @@
+"""The one contract that environments speak inside rlfeed, and the adapter for Gymnasium's vector environments.
+
+`Ready` is what to act on next; `Outcome` is what became of the actions. The successor of an action is always the
+outcome's ``next_observation``, the true final observation where an episode ended; the observation to act on next is
+always the ready one. Pseudo-steps, which some autoreset modes make, never come out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from jaxtyping import Bool, Float64, Int64
+from numpy import ndarray
+
+from rlfeed.envs.boundary import REWARD_LIMIT, ObservationCheck, check_mask
+from rlfeed.envs.seeds import EPISODES_OPTION, episode_seed
+from rlfeed.errors import ConfigError, EnvContractError
+from rlfeed.nest import Nest, leaves, map_nest
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Ready:
+    """Hold what to act on next.
+
+    Args:
+        env_ids: ``[m]``, ascending: the environments that wait for an action.
+        observation: ``[m, ...]`` per leaf.
+        action_mask: ``[m, A]``, True = allowed; None where the environments give no masks in their infos.
+    """
+
+    env_ids: Int64[ndarray, " m"]
+    observation: Nest
+    action_mask: Bool[ndarray, "m A"] | None = None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Outcome:
+    """Hold what became of the actions for the k environments of the last `Ready`.
+
+    Args:
+        next_observation: ``[k, ...]`` per leaf: what the environment returned for the action. The same arrays as
+            ``ready.observation`` where no episode ended.
+        reward: ``[k]`` float64, as the environment gave it.
+        terminated: ``[k]`` bool.
+        truncated: ``[k]`` bool.
+        ready: What to act on next.
+        lost: ``[k]`` bool, True where the environment was lost in this step; None means nowhere.
+    """
+
+    next_observation: Nest
+    reward: Float64[ndarray, " k"]
+    terminated: Bool[ndarray, " k"]
+    truncated: Bool[ndarray, " k"]
+    ready: Ready
+    lost: Bool[ndarray, " k"] | None = None
+
+
+@runtime_checkable
+class Envs(Protocol):
+    """Be one or more environments of the same spaces, stepped together.
+
+    Args:
+        name: What to call them in errors and directory names.
+        num_envs: N.
+        observation_space: Of one environment.
+        action_space: Of one environment.
+    """
+
+    name: str
+    num_envs: int
+    observation_space: Any
+    action_space: Any
+
+    def reset(self, seed: int, first_episodes: Sequence[int]) -> Ready:
+        """Begin an episode in every environment.
+
+        Args:
+            seed: The run's seed.
+            first_episodes: The episodes' numbers, one per environment; later episodes count on from there.
+
+        Returns:
+            The first observations, of all environments.
+        """
+        ...
+
+    def step(self, action: Nest) -> Outcome:
+        """Take one step in the environments of the last `Ready`, and begin new episodes where one ended.
+
+        Args:
+            action: ``[k, ...]`` per leaf, one row for each environment that was ready.
+
+        Returns:
+            What became of it, and what to act on next; its arrays are never written again.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release what the environments hold."""
+        ...
+
+
+class VectorEnvs:
+    """Speak the contract for a ``gymnasium.vector.VectorEnv`` in any of its three autoreset modes.
+
+    NEXT_STEP environments skip the rows that ended for one call, in which Gymnasium resets them: those rows are not
+    ready then, and take no step. Only the first reset can be seeded where the environment resets itself; `make_envs`
+    wraps its environments so that every episode is.
+
+    Args:
+        envs: The vector environment; ``metadata["autoreset_mode"]`` says its mode.
+        name: What to call it in errors.
+        numbered: Whether every sub-environment is wrapped in `NumberedEpisodes`.
+
+    Raises:
+        ConfigError: If the environment does not say its autoreset mode.
+        SpaceError: If its observation space cannot be stored.
+    """
+
+    def __init__(self, envs: VectorEnv, name: str | None = None, *, numbered: bool = False) -> None:
+        self.name = name or (envs.spec.id if envs.spec is not None else type(envs.unwrapped).__name__)
+        try:
+            self._mode = AutoresetMode((envs.metadata or {}).get("autoreset_mode"))
+        except ValueError:
+            raise ConfigError(
+                f"{self.name}: metadata has no autoreset_mode; expected one of {[m.name for m in AutoresetMode]}, since "
+                "it decides where final observations are. Set metadata['autoreset_mode'] in the environment's class."
+            ) from None
+        self.num_envs: int = envs.num_envs
+        self.observation_space = envs.single_observation_space
+        self.action_space = envs.single_action_space
+        self._envs, self._numbered = envs, numbered
+        self._check = ObservationCheck(self.observation_space)
+        self._all = np.arange(self.num_envs, dtype=np.int64)
+        self._all.flags.writeable = False
+        self._ids = self._all  # the rows that are ready
+        self._resetting = np.zeros(self.num_envs, bool)  # rows whose next call is Gymnasium's reset, no step
+        self._observation: Nest = None
+        self._last_action: Nest = None
+        self._masked = False
+
+    def reset(self, seed: int, first_episodes: Sequence[int]) -> Ready:
+        """Begin an episode in every environment.
+
+        Args:
+            seed: The run's seed.
+            first_episodes: The episodes' numbers, one per environment.
+
+        Returns:
+            The first observations, of all environments.
+        """
+        if self._numbered:
+            options = {EPISODES_OPTION: (seed, [int(n) for n in first_episodes])}
+            observation, infos = self._envs.reset(options=options)
+        else:
+            seeds = [episode_seed(seed, env_id, int(n)) for env_id, n in enumerate(first_episodes)]
+            many = isinstance(self._envs.unwrapped, SyncVectorEnv | AsyncVectorEnv)  # others take one seed for all
+            observation, infos = self._envs.reset(seed=seeds if many else seeds[0])
+        self._ids, self._observation = self._all, None
+        self._resetting = np.zeros(self.num_envs, bool)
+        self._masked = "action_mask" in infos
+        return self._ready(self._own(observation), infos)
+
+    def step(self, action: Nest) -> Outcome:
+        """Take one step in the environments that are ready.
+
+        Args:
+            action: ``[k, ...]`` per leaf.
+
+        Returns:
+            What became of it, and what to act on next.
+        """
+        acted = self._ids
+        observation, reward, terminated, truncated, infos = self._envs.step(self._spread(action))
+        observation = self._own(observation)
+        terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
+        ended = terminated | truncated
+        successor = observation
+        self._resetting = np.zeros(self.num_envs, bool)
+        if ended.any():
+            if self._mode is AutoresetMode.SAME_STEP:
+                successor = self._with_finals(observation, infos, ended)
+            elif self._mode is AutoresetMode.DISABLED:
+                observation, first_infos = self._envs.reset(options={"reset_mask": ended})
+                observation = self._own(observation)
+                if self._masked:
+                    masks = (infos["action_mask"], first_infos["action_mask"])
+                    infos = {"action_mask": np.where(ended[:, None], masks[1], masks[0])}
+            else:
+                self._resetting = ended
+        reward = np.array(reward, np.float64)
+        if not np.abs(reward[acted]).max() <= REWARD_LIMIT:
+            row = int(np.argmin(np.abs(reward) <= REWARD_LIMIT))
+            raise EnvContractError(f"{self._where(row)}: reward is {reward[row]}; expected a finite scalar.")
+        fields = (successor, reward, terminated, truncated)
+        if len(acted) < self.num_envs:
+            fields = map_nest(lambda leaf: leaf[acted], fields)
+        return Outcome(*fields, ready=self._ready(observation, infos))
+
+    def close(self) -> None:
+        """Close the vector environment."""
+        self._envs.close()
+
+    def _ready(self, observation: Nest, infos: dict[str, Any]) -> Ready:
+        if self._resetting.all():  # nobody can act: let Gymnasium reset them all now
+            observation, _, _, _, infos = self._envs.step(self._last_action)
+            observation = self._own(observation)
+            self._resetting = np.zeros(self.num_envs, bool)
+        mask = None
+        if self._masked:
+            given = infos.get("action_mask", [None] * self.num_envs)
+            mask = np.stack([check_mask(m, int(self.action_space.n), self._where(i)) for i, m in enumerate(given)])
+        if not self._resetting.any():
+            self._ids = self._all
+            return Ready(self._all, observation, mask)
+        self._ids = ids = np.flatnonzero(~self._resetting)
+        return Ready(ids, map_nest(lambda leaf: leaf[ids], observation), None if mask is None else mask[ids])
+
+    def _spread(self, action: Nest) -> Nest:
+        if len(self._ids) < self.num_envs:
+            # Gymnasium wants an action for the rows it only resets, too: any valid one, such as another row's.
+            place = np.zeros(self.num_envs, np.int64)
+            place[self._ids] = np.arange(len(self._ids))
+            action = map_nest(lambda leaf: leaf[place], action)
+        self._last_action = action
+        return action
+
+    def _with_finals(self, observation: Nest, infos: dict[str, Any], ended: Bool[ndarray, " N"]) -> Nest:
+        finals = infos.get("final_obs")
+        if finals is None:
+            raise EnvContractError(
+                f'{self.name}: info has no "final_obs" although an episode ended; expected it in autoreset mode '
+                "SAME_STEP. Put the final observations there, or use another autoreset mode."
+            )
+        rows = [int(row) for row in np.flatnonzero(ended)]
+        if isinstance(finals, dict | tuple):  # batched as observations are
+            parts = [map_nest(lambda leaf, row=row: leaf[row], finals) for row in rows]
+        else:
+            parts = [finals[row] for row in rows]
+        stacked = self._check.stack(parts, lambda i: self._where(rows[i]))
+        successor = map_nest(np.copy, observation)
+        for (_, target), (_, part) in zip(leaves(successor), leaves(stacked), strict=True):
+            target[rows] = part
+        return successor
+
+    def _own(self, observation: Nest) -> Nest:
+        observation = self._check.batch(observation, self._where)
+        if self._observation is not None and any(
+            np.may_share_memory(new, old)
+            for (_, new), (_, old) in zip(leaves(observation), leaves(self._observation), strict=True)
+        ):
+            observation = map_nest(np.copy, observation)
+        self._observation = observation
+        return observation
+
+    def _where(self, row: int) -> str:
+        return f"{self.name}: env {row} of {self.num_envs}"

@@ -1,0 +1,111 @@
+"""Make environments that a `Rollout` can step: `make_envs`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import gymnasium
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+from rlfeed.envs.autoreset import Envs, VectorEnvs
+from rlfeed.envs.seeds import NumberedEpisodes
+from rlfeed.envs.serial import SerialEnvs, check_distinct
+from rlfeed.envs.source import EnvSource, Wrapper
+from rlfeed.errors import ConfigError, suggest
+
+EnvsMode = Literal["auto", "serial", "sync", "async"]
+Autoreset = Literal["same_step", "next_step", "disabled"]
+MODES = ("auto", "serial", "sync", "async")
+AUTORESETS = {
+    "same_step": AutoresetMode.SAME_STEP,
+    "next_step": AutoresetMode.NEXT_STEP,
+    "disabled": AutoresetMode.DISABLED,
+}
+
+
+@dataclass(frozen=True)
+class _NumberedSource:
+    source: EnvSource
+    env_id: int
+    num_envs: int
+
+    def __call__(self) -> gymnasium.Env:
+        return NumberedEpisodes(self.source(), self.env_id, self.num_envs)
+
+
+def make_envs(
+    id_or_callable: str | Callable[..., gymnasium.Env],
+    num_envs: int = 1,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    wrappers: Sequence[Wrapper] = (),
+    mode: EnvsMode = "auto",
+    autoreset: Autoreset = "same_step",
+) -> Envs:
+    """Make environments, found by name, file, module or given as a class or function.
+
+    Every episode begins with a seed of its own, derived from (run seed, environment, episode number): the episodes
+    are the same in every mode.
+
+    Args:
+        id_or_callable: A Gymnasium id, ``path/to/file.py:ClassName`` (or ``path/to/file.py`` when it has one
+            environment class), ``package.module:ClassName``, ``package.module:Env-v0``, an environment class, or a
+            function that returns an environment.
+        num_envs: How many, at least 1.
+        kwargs: Arguments of the constructor.
+        wrappers: Functions from environment to environment, applied in order.
+        mode: ``"serial"`` steps them in this process (``"auto"`` is that), ``"sync"`` and ``"async"`` through
+            Gymnasium's vector environments, the latter with one process each.
+        autoreset: How Gymnasium's vector environments reset; what comes out is the same.
+
+    Returns:
+        The environments.
+
+    Raises:
+        EnvNotFoundError: If the id, file, module or class is not there; the nearest names are in the message.
+        EnvMakeError: If the constructor raised; its traceback is in the message.
+        ConfigError: If an argument is wrong, or what was found is no `gymnasium.Env`.
+        SpaceError: If the observation space cannot be stored.
+    """
+    if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
+        raise ConfigError(f"make_envs: num_envs is {num_envs!r}; expected an integer of at least 1.")
+    if mode not in MODES:
+        raise ConfigError(f"make_envs: mode is {mode!r}; expected one of {MODES}.{suggest(str(mode), MODES)}")
+    if autoreset not in AUTORESETS:
+        raise ConfigError(
+            f"make_envs: autoreset is {autoreset!r}; expected one of {tuple(AUTORESETS)}."
+            f"{suggest(str(autoreset), AUTORESETS)}"
+        )
+    source = EnvSource(id_or_callable, dict(kwargs or {}), tuple(wrappers))
+    if mode in ("auto", "serial"):
+        return SerialEnvs([source() for _ in range(num_envs)], source.name)
+    makers = [_NumberedSource(source, env_id, num_envs) for env_id in range(num_envs)]
+    if mode == "async":
+        return VectorEnvs(AsyncVectorEnv(makers, autoreset_mode=AUTORESETS[autoreset]), source.name, numbered=True)
+    vector = SyncVectorEnv(makers, autoreset_mode=AUTORESETS[autoreset])
+    check_distinct(source.name, vector.envs)
+    return VectorEnvs(vector, source.name, numbered=True)
+
+
+def as_envs(envs: Envs | gymnasium.Env | VectorEnv) -> Envs:
+    """Take environments in any of the forms that `Rollout` accepts.
+
+    Args:
+        envs: `Envs`, one `gymnasium.Env`, or a `gymnasium.vector.VectorEnv`.
+
+    Returns:
+        The same as `Envs`.
+
+    Raises:
+        ConfigError: If it is none of these.
+    """
+    if isinstance(envs, gymnasium.Env):
+        return SerialEnvs([envs])
+    if isinstance(envs, VectorEnv):
+        return VectorEnvs(envs)
+    if isinstance(envs, Envs):
+        return envs
+    raise ConfigError(
+        f"envs: is {envs!r}; expected what make_envs gives, a gymnasium.Env or a gymnasium.vector.VectorEnv. "
+        f"Write make_envs({envs!r})."
+    )

@@ -1,0 +1,17 @@
+"""Rollouts: iterators that feed a model's outputs back as its next inputs."""
+
+from rlfeed.rollout.actions import Actions
+from rlfeed.rollout.policy import EpsilonGreedy, FunctionPolicy, ModulePolicy, adapt
+from rlfeed.rollout.rollout import Rollout
+from rlfeed.rollout.statistics import EpisodeRecord, EpisodeStatistics
+
+__all__ = [
+    "Actions",
+    "EpisodeRecord",
+    "EpisodeStatistics",
+    "EpsilonGreedy",
+    "FunctionPolicy",
+    "ModulePolicy",
+    "Rollout",
+    "adapt",
+]

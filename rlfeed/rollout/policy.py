@@ -1,0 +1,232 @@
+"""Policies: adapt what users bring to the `Policy` protocol, and exploration that wraps one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlfeed.errors import ConfigError, PolicyError
+from rlfeed.nest import Nest, map_nest
+from rlfeed.rollout.actions import Actions
+from rlfeed.rollout.rows import put, to_numpy
+from rlfeed.types import Policy, PolicyContext, PolicyOutput
+
+
+class FunctionPolicy:
+    """Make a policy of a function from NumPy observations to actions.
+
+    Args:
+        function: Given ``[k, ...]`` per leaf, returns ``[k, ...]`` per leaf.
+    """
+
+    def __init__(self, function: Callable[[Nest], Nest]) -> None:
+        self._function = function
+
+    def initial_carry(self, num_envs: int) -> Nest:
+        """Give the empty carry: a function remembers nothing.
+
+        Args:
+            num_envs: Rows.
+
+        Returns:
+            ``()``.
+        """
+        return ()
+
+    def __call__(self, observation: Nest, carry: Nest, context: PolicyContext) -> PolicyOutput:
+        """Decide for every row.
+
+        Args:
+            observation: ``[k, ...]`` per leaf.
+            carry: Unused.
+            context: Unused.
+
+        Returns:
+            The actions.
+        """
+        action = self._function(observation)
+        return action if isinstance(action, PolicyOutput) else PolicyOutput(action)
+
+
+class ModulePolicy:
+    """Make a policy of a torch module.
+
+    The module gets tensors on its own device, in inference mode and evaluation mode (its former mode is restored). It
+    returns the action. A recurrent module has ``initial_carry(num_envs)``, is called as a `Policy` is, and returns a
+    `PolicyOutput` of tensors; its carry stays on its device.
+
+    Args:
+        module: The module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._recurrent = hasattr(module, "initial_carry")
+
+    def initial_carry(self, num_envs: int) -> Nest:
+        """Give the recurrent state with which episodes begin.
+
+        Args:
+            num_envs: Rows.
+
+        Returns:
+            Tensors ``[num_envs, ...]`` on the module's device; ``()`` when stateless.
+        """
+        if not self._recurrent:
+            return ()
+        carry = self._module.initial_carry(num_envs)  # pyright: ignore[reportCallIssue]
+        device = self._device()
+        return map_nest(lambda leaf: torch.as_tensor(leaf, device=device).detach(), carry)
+
+    def __call__(self, observation: Nest, carry: Nest, context: PolicyContext) -> PolicyOutput:
+        """Decide for every row.
+
+        Args:
+            observation: ``[k, ...]`` per leaf.
+            carry: Tensors ``[k, ...]`` per leaf.
+            context: For recurrent modules.
+
+        Returns:
+            Actions and extras as arrays, the carry as tensors.
+        """
+        device = self._device()
+        training = [part for part in self._module.modules() if part.training]
+        for part in training:
+            part.training = False
+        try:
+            with torch.inference_mode():
+                tensors = map_nest(lambda leaf: torch.from_numpy(leaf).to(device), observation)
+                out = self._module(tensors, carry, context) if self._recurrent else self._module(tensors)
+        finally:
+            for part in training:
+                part.training = True
+        if not isinstance(out, PolicyOutput):
+            out = PolicyOutput(out)
+        return PolicyOutput(map_nest(to_numpy, out.action), out.carry, map_nest(to_numpy, out.extras))
+
+    def _device(self) -> torch.device:
+        # Asked for in every call: the module may be moved between two steps.
+        parameter = next(self._module.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+
+class EpsilonGreedy:
+    """Take a random action with probability epsilon, otherwise the policy's, while exploring.
+
+    Args:
+        policy: What to explore around: a `Policy`, a module or a function.
+        schedule: Epsilon, 0 to 1, as a function of env steps.
+        action_space: Of one environment; masks are respected.
+    """
+
+    def __init__(self, policy: Any, schedule: Callable[[int], float], action_space: Any) -> None:
+        self._policy = adapt(policy)
+        self._schedule = schedule
+        self._actions = Actions(action_space)
+
+    def initial_carry(self, num_envs: int) -> Nest:
+        """Give the recurrent state with which the policy's episodes begin.
+
+        Args:
+            num_envs: Rows.
+
+        Returns:
+            ``[num_envs, ...]`` per leaf.
+        """
+        return self._policy.initial_carry(num_envs)
+
+    def epsilon(self, env_steps: int) -> float:
+        """Give the probability of a random action.
+
+        Args:
+            env_steps: Steps taken so far.
+
+        Returns:
+            Epsilon.
+
+        Raises:
+            ConfigError: If the schedule gives no probability.
+        """
+        epsilon = float(self._schedule(env_steps))
+        if not 0.0 <= epsilon <= 1.0:
+            raise ConfigError(f"EpsilonGreedy: epsilon is {epsilon} at {env_steps} env steps; expected 0 to 1.")
+        return epsilon
+
+    def __call__(self, observation: Nest, carry: Nest, context: PolicyContext) -> PolicyOutput:
+        """Decide for every row.
+
+        Args:
+            observation: ``[k, ...]`` per leaf.
+            carry: ``[k, ...]`` per leaf.
+            context: Randomness, mode and masks.
+
+        Returns:
+            The policy's output, some actions replaced.
+        """
+        out = self._policy(observation, carry, context)
+        if context.mode != "explore":
+            return out
+        rows = len(context.env_ids)
+        explore = context.generator.random(rows) < self.epsilon(context.env_steps)
+        places = explore.nonzero()[0]
+        if not len(places):
+            return out
+        mask = None if context.action_mask is None else context.action_mask[places]
+        drawn = self._actions.draw(len(places), context.generator, mask)
+        action = put(map_nest(to_numpy, out.action), places, drawn, rows)
+        return PolicyOutput(action, out.carry, out.extras)
+
+
+def adapt(policy: Any) -> Policy:
+    """Make a `Policy` of what a user brings.
+
+    Args:
+        policy: A `Policy`, an ``nn.Module``, or a function ``observation -> action``.
+
+    Returns:
+        The policy; modules are handed tensors, everything else NumPy arrays.
+
+    Raises:
+        ConfigError: If it cannot be called.
+    """
+    if isinstance(policy, nn.Module):
+        return ModulePolicy(policy)
+    if isinstance(policy, type) or not callable(policy):
+        raise ConfigError(
+            f"policy: is {policy!r}; expected a Policy, an nn.Module or a function observation -> action."
+        )
+    return policy if isinstance(policy, Policy) else FunctionPolicy(policy)
+
+
+def check_output(out: Any, carry: Nest, rows: int) -> None:
+    """Check the parts of a policy's output that have no space: carry and extras.
+
+    Args:
+        out: What the policy returned.
+        carry: What it was given.
+        rows: k.
+
+    Raises:
+        PolicyError: If it is no `PolicyOutput`, or the carry's structure or an array's rows differ.
+    """
+    if not isinstance(out, PolicyOutput):
+        raise PolicyError(
+            f"policy: returned a {type(out).__name__}; expected a PolicyOutput. Return PolicyOutput(action, carry)."
+        )
+    if carry == () and out.carry == () and not out.extras:
+        return
+
+    def check(name: str) -> Callable[..., None]:
+        def rows_of(leaf: Any, *before: Any) -> None:
+            shape, wanted = tuple(leaf.shape), tuple(before[0].shape) if before else (rows, *leaf.shape[1:])
+            if shape != wanted:
+                raise PolicyError(f"policy: {name} has shape {shape}; expected {wanted}, one row per environment.")
+
+        return rows_of
+
+    if out.carry == () and carry != ():
+        raise PolicyError("policy: returned no carry; expected the carry after the observation. Return it.")
+    map_nest(check("carry"), out.carry, carry, where="carry")
+    map_nest(check("extras"), out.extras)
+

@@ -1,0 +1,128 @@
+"""Assemble steps into batches: whole episodes and blocks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlfeed.envs.autoreset import Ready
+from rlfeed.errors import ConfigError
+from rlfeed.nest import Nest, map_nest, stack
+from rlfeed.rollout.rows import to_numpy, to_tensor
+from rlfeed.types import Batch, PolicyContext, Step
+
+
+def positive(where: str, value: Any) -> int:
+    """Check that an argument is a positive integer.
+
+    Args:
+        where: What the argument is, for the error.
+        value: What was given.
+
+    Returns:
+        The value.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ConfigError(f"{where} is {value!r}; expected an integer of at least 1.")
+    return int(value)
+
+
+def quotas(n: int, num_envs: int, per_env: bool) -> list[int]:
+    """Share out episodes over environments.
+
+    Args:
+        n: How many.
+        num_envs: N.
+        per_env: Whether ``n`` counts for each environment; otherwise the first ones get more.
+
+    Returns:
+        Episodes for each environment.
+    """
+    if per_env:
+        return [n] * num_envs
+    return [n // num_envs + (env_id < n % num_envs) for env_id in range(num_envs)]
+
+
+def episode_batch(rows: Sequence[tuple[Step, int]]) -> Batch:
+    """Assemble one whole episode.
+
+    Args:
+        rows: Its steps in order, each with the episode's row in it.
+
+    Returns:
+        A batch of one row: ``observation`` ``[1, T+1, ...]``, everything else ``[1, T, ...]``, no padding.
+    """
+    last, last_row = rows[-1]
+
+    def series(field: str) -> Nest:
+        return _tensors(stack([map_nest(lambda leaf: to_numpy(leaf)[row], getattr(step, field)) for step, row in rows]))
+
+    observations = [map_nest(lambda leaf, row=row: leaf[row], step.observation) for step, row in rows]
+    observations.append(map_nest(lambda leaf: leaf[last_row], last.next_observation))
+    action = series("action")
+    everywhere = torch.ones(1, len(rows), dtype=torch.bool)
+    first, first_row = rows[0]
+    return Batch(
+        observation=_tensors(stack(observations)),
+        action=action,
+        reward=series("reward"),
+        terminated=series("terminated"),
+        truncated=series("truncated"),
+        is_first=series("is_first"),
+        mask=everywhere,
+        loss_mask=everywhere.clone(),
+        lengths=torch.tensor([len(rows)]),
+        carry=map_nest(lambda leaf: to_tensor(leaf)[first_row : first_row + 1], first.carry),
+        prev_action=map_nest(lambda leaf: torch.zeros_like(leaf[:, 0]), action),
+        prev_reward=torch.zeros(1),
+        extras=series("extras"),
+    )
+
+
+def block_batch(steps: Sequence[Step], context: PolicyContext, ready: Ready) -> Batch:
+    """Assemble consecutive steps of all environments.
+
+    Args:
+        steps: T steps of N rows each.
+        context: What the policy was told before the first one.
+        ready: What is acted on after the last one.
+
+    Returns:
+        A batch ``[N, T]``.
+    """
+
+    def series(field: str) -> Nest:
+        parts = [getattr(step, field) for step in steps]
+        return map_nest(lambda *leaves: torch.from_numpy(np.stack([to_numpy(x) for x in leaves], axis=1)), *parts)
+
+    ends = [(int(row), t) for t, step in enumerate(steps) for row in np.flatnonzero(step.terminated | step.truncated)]
+    finals = [map_nest(lambda leaf, row=row: leaf[row : row + 1], steps[t].next_observation) for row, t in ends]
+    finals = finals or [map_nest(lambda leaf: leaf[:0], ready.observation)]
+    observations = [*(step.observation for step in steps), ready.observation]
+    kept = [np.ones(len(step), bool) if step.lost is None else ~step.lost for step in steps]
+    mask = torch.from_numpy(np.stack(kept, axis=1))
+    return Batch(
+        observation=map_nest(lambda *leaves: torch.from_numpy(np.stack(leaves, axis=1)), *observations),
+        action=series("action"),
+        reward=series("reward"),
+        terminated=series("terminated"),
+        truncated=series("truncated"),
+        is_first=series("is_first"),
+        mask=mask,
+        loss_mask=mask.clone(),
+        lengths=mask.sum(dim=1),
+        carry=map_nest(to_tensor, steps[0].carry),
+        prev_action=map_nest(lambda leaf: torch.from_numpy(leaf.copy()), context.prev_action),
+        prev_reward=torch.from_numpy(context.prev_reward.copy()),
+        final_observation=map_nest(lambda *leaves: torch.from_numpy(np.concatenate(leaves)), *finals),
+        final_index=torch.tensor(ends, dtype=torch.int64).reshape(-1, 2),
+        extras=series("extras"),
+    )
+
+
+def _tensors(nest: Nest) -> Nest:
+    return map_nest(lambda leaf: torch.from_numpy(leaf)[None], nest)
