@@ -203,6 +203,19 @@ def verify_directory(path: Path | str) -> dict[str, Any]:
     return info
 
 
+def remove_directory(path: Path | str) -> None:
+    """Remove a directory so that it is never seen half removed under its name.
+
+    Args:
+        path: The directory.
+
+    Raises:
+        OSError: If it is not there or cannot be removed.
+    """
+    directory = Path(path)
+    shutil.rmtree(directory.rename(_temporary(directory)))
+
+
 def clean_temporaries(parent: Path | str) -> list[Path]:
     """Remove what processes killed in the middle of a write left in a directory.
 

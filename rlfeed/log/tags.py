@@ -1,0 +1,224 @@
+"""Every TensorBoard tag: its name, its unit, what it means, when it is bad and what to do then.
+
+This is the only table. ``docs/metrics.md`` is generated from it, and a logger refuses a tag that is not in it or was
+not declared with `register`. The x-axis of every curve is env_steps. Names are those that Stable-Baselines3 gives the
+same quantity; the ``charts`` group has CleanRL's names, so that curves of either lie over ours.
+"""
+
+import re
+from dataclasses import dataclass
+
+from rlfeed.errors import ConfigError, TagError, suggest
+
+_NAME = re.compile(r"[a-z0-9_]+(/[A-Za-z0-9_.-]+)+")
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """Describe one curve.
+
+    Args:
+        name: ``group/quantity``.
+        unit: What the values count or measure.
+        meaning: One sentence.
+        bad: What a problem looks like in this curve.
+        remedy: What to do then.
+    """
+
+    name: str
+    unit: str
+    meaning: str
+    bad: str = ""
+    remedy: str = ""
+
+
+TAGS: dict[str, Tag] = {
+    tag.name: tag
+    for tag in (
+        Tag(
+            "charts/SPS",
+            "env steps / s",
+            "Environment steps per second since the start, learning included.",
+            "Falls while the run goes on.",
+            "See feed/wait_ms and time/updates_per_s for the side that slowed down.",
+        ),
+        Tag(
+            "charts/episodic_length",
+            "steps",
+            "Length of one training episode, at the step where it ended.",
+            "Stays at the time limit where shorter is better.",
+            "Check the reward and the exploration.",
+        ),
+        Tag(
+            "charts/episodic_return",
+            "reward",
+            "Undiscounted return of one training episode, at the step where it ended.",
+            "Flat at the return of random actions.",
+            "Check that the reward is reachable; explore for longer.",
+        ),
+        Tag(
+            "eval/mean_ep_length",
+            "steps",
+            "Mean length of the episodes of one evaluation.",
+            "Differs much from rollout/ep_len_mean late in the run.",
+            "Compare the wrappers of the training and the evaluation environments.",
+        ),
+        Tag(
+            "eval/mean_reward",
+            "reward",
+            "Mean undiscounted return of one evaluation: greedy actions, separate environments, own seeds.",
+            "Well below rollout/ep_rew_mean.",
+            "The greedy policy is stuck where exploration is not: train longer or evaluate more episodes.",
+        ),
+        Tag(
+            "feed/wait_ms",
+            "ms",
+            "Mean time for which the learner waited for a batch.",
+            "Of the order of an update.",
+            "Use more workers, a larger batch or a cheaper transform.",
+        ),
+        Tag(
+            "replay/ratio",
+            "samples / step",
+            "Sampled steps per inserted step since the start.",
+            "Far from the ratio that was configured.",
+            "The learner or the rollout is waiting: see feed/wait_ms and time/fps.",
+        ),
+        Tag(
+            "replay/size",
+            "steps",
+            "Steps in the buffer that can be sampled.",
+            "Stops far below its capacity.",
+            "Short episodes spend rows on their ends: raise the capacity.",
+        ),
+        Tag(
+            "rollout/ep_len_mean",
+            "steps",
+            "Mean length of the last 100 training episodes.",
+            "Stays at the time limit where shorter is better.",
+            "Check the reward and the exploration.",
+        ),
+        Tag(
+            "rollout/ep_rew_mean",
+            "reward",
+            "Mean undiscounted return of the last 100 training episodes.",
+            "Rises, then collapses for good.",
+            "Lower the learning rate or update the target network less often.",
+        ),
+        Tag(
+            "rollout/exploration_rate",
+            "probability",
+            "Probability of a random action while collecting.",
+            "Reaches its final value before the return has begun to rise.",
+            "Explore for a larger part of the run.",
+        ),
+        Tag(
+            "time/fps",
+            "env steps / s",
+            "Environment steps per second since the last value, learning included.",
+            "Falls while the run goes on.",
+            "See feed/wait_ms and time/updates_per_s for the side that slowed down.",
+        ),
+        Tag(
+            "time/updates_per_s",
+            "updates / s",
+            "Optimiser steps per second since the last value.",
+            "Falls while feed/wait_ms is small.",
+            "The learner itself is slow: use another device, a smaller network or a larger batch.",
+        ),
+        Tag(
+            "train/grad_norm",
+            "norm",
+            "Global norm of the gradient before clipping, mean since the last value.",
+            "Grows by orders of magnitude.",
+            "Clip gradients, lower the learning rate, scale the rewards.",
+        ),
+        Tag(
+            "train/learning_rate",
+            "1",
+            "Learning rate of the optimiser.",
+            "Is not what the schedule says.",
+            "Compare with the run's config.json.",
+        ),
+        Tag(
+            "train/loss",
+            "loss",
+            "Loss of the learner, mean since the last value.",
+            "Grows without end; a small steady rise is normal while returns grow.",
+            "Lower the learning rate, clip gradients, update the target network less often.",
+        ),
+    )
+}
+
+_registered: dict[str, Tag] = {}
+
+
+def register(name: str, unit: str, meaning: str) -> Tag:
+    """Declare a tag of your own, once, before it is logged.
+
+    Args:
+        name: ``group/quantity``: a group of lower-case letters, digits and ``_``, then at least one more part.
+        unit: What the values count or measure.
+        meaning: One sentence.
+
+    Returns:
+        The tag. Declaring the same again gives the same.
+
+    Raises:
+        ConfigError: If the name is malformed, or declared already with another unit or meaning.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"tag {name!r}: is malformed; expected group/quantity, such as 'my_agent/entropy'.")
+    tag = Tag(name, unit, meaning)
+    known = TAGS.get(name) or _registered.setdefault(name, tag)
+    if (known.unit, known.meaning) != (unit, meaning):
+        raise ConfigError(
+            f"tag {name!r}: means {meaning!r} in {unit!r} here and {known.meaning!r} in {known.unit!r} where it was "
+            "declared before; expected one meaning. Choose another name."
+        )
+    return known
+
+
+def lookup(name: str) -> Tag:
+    """Find a declared tag.
+
+    Args:
+        name: The tag's name.
+
+    Returns:
+        The tag.
+
+    Raises:
+        TagError: If nobody declared it; the message suggests the nearest.
+    """
+    tag = TAGS.get(name) or _registered.get(name)
+    if tag is None:
+        raise TagError(
+            f"tag {name!r}: is not declared; expected one of docs/metrics.md.{suggest(name, [*TAGS, *_registered])} "
+            "Declare your own with rlfeed.log.tags.register(name, unit, meaning)."
+        )
+    return tag
+
+
+def markdown() -> str:
+    """Write the page ``docs/metrics.md``.
+
+    Returns:
+        The page, made of the table alone.
+    """
+    rows = [f"| `{tag.name}` | {tag.unit} | {tag.meaning} | {tag.bad} | {tag.remedy} |" for tag in TAGS.values()]
+    return "\n".join(
+        (
+            "# Metrics",
+            "",
+            "The curves that rlfeed writes for TensorBoard (`make tensorboard`). Their x-axis is env steps, summed",
+            "over environments. Declare your own with `rlfeed.log.tags.register(name, unit, meaning)`.",
+            "",
+            "This page is generated from `rlfeed/log/tags.py`; change it there.",
+            "",
+            "| Tag | Unit | Meaning | What is bad | What to do |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+        )
+    )
