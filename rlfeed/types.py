@@ -244,11 +244,22 @@ class Batch:
         target = torch.device(device)
         if self.reward.device == target or (target.index is None and self.reward.device.type == target.type):
             return self
+        return self.through(lambda tensor: tensor.to(target, non_blocking=non_blocking))
+
+    def through(self, copy: Callable[[Tensor], Tensor]) -> "Batch":
+        """Copy the batch with a function of ours: once where its fields lie in one block; ``ids`` stay where they are.
+
+        Args:
+            copy: Makes a copy of a tensor, of the same shape and dtype, perhaps elsewhere.
+
+        Returns:
+            The copy.
+        """
         if self._block is not None and self._layout is not None:
-            return Batch.carve(self._block.to(target, non_blocking=non_blocking), self._layout, self.ids)
-        moved = self.map(lambda tensor: tensor.to(target, non_blocking=non_blocking))
-        object.__setattr__(moved, "ids", self.ids)
-        return moved
+            return Batch.carve(copy(self._block), self._layout, self.ids)
+        copied = self.map(copy)
+        object.__setattr__(copied, "ids", self.ids)
+        return copied
 
     def pin_memory(self) -> "Batch":
         """Copy the batch into page-locked memory, from which a device copies without waiting.

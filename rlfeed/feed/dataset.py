@@ -1,0 +1,193 @@
+"""The replay as an infinite `IterableDataset`, readable by torch's own `DataLoader` in the plainest way.
+
+Draws are numbered by sample: batch b holds draws bB .. bB+B-1. Worker w of W makes batches w, w+W, ..., which is the
+order in which torch asks for them, so the batches do not depend on the number of workers while the buffer rests.
+
+Without a batch size the dataset yields *handles*: promises of one draw that cost 0.2 us. `pad_collate` sees B of them,
+knows from their numbers which batch they are, and gathers that batch once, instead of B times one row.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from rlfeed.errors import ConfigError, FeedTimeoutError, NotEnoughDataError, UnsupportedError
+from rlfeed.nest import Nest, map_nest
+from rlfeed.replay.buffer import ReplayBuffer
+from rlfeed.replay.limiter import Limiter
+from rlfeed.replay.samplers import stream_key
+from rlfeed.replay.units import Unit
+from rlfeed.types import Batch
+
+WAIT_S = 60.0
+Transform = Callable[[Batch], Batch]
+
+
+class ReplayDataset(IterableDataset[Any]):
+    """Draw from a live buffer for ever.
+
+    Args:
+        buffer: What to draw from; workers see what is added after they started.
+        unit: What a draw becomes: Transition, Sequence or Episode.
+        batch_size: B: yield whole batches, for ``DataLoader(..., batch_size=None)``. None: yield single samples, for
+            ``DataLoader(..., batch_size=B, collate_fn=pad_collate)``.
+        transform: Applied to each `Batch`, in the worker where there is one.
+        limiter: Bounds samples per inserted step.
+        seed: Of the draws, >= 0.
+
+    Raises:
+        ConfigError: If the batch size or the seed is wrong, or a lane is shorter than a sample.
+    """
+
+    def __init__(
+        self,
+        buffer: ReplayBuffer,
+        unit: Unit,
+        *,
+        batch_size: int | None = None,
+        transform: Transform | None = None,
+        limiter: Limiter | None = None,
+        seed: int = 0,
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"ReplayDataset: batch_size is {batch_size}; expected at least 1, or None.")
+        if seed < 0:
+            raise ConfigError(f"ReplayDataset: seed is {seed}; expected at least 0.")
+        if limiter is not None:
+            raise UnsupportedError(f"ReplayDataset: limiter is {limiter}; expected None in this version.")
+        buffer.reader(unit)  # refuses a unit that does not fit, now rather than in a worker
+        self.buffer, self.unit, self.batch_size, self.transform, self.seed = buffer, unit, batch_size, transform, seed
+        self._first_draw = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return _Stream(self)
+
+    def state_dict(self) -> dict[str, int]:
+        """Give the number of the draw with which the next iterator begins.
+
+        Returns:
+            ``{"draw": n}``. torch shows nobody a delivery: set it to batches received x batch size.
+        """
+        return {"draw": self._first_draw}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Begin the next iterator with another draw.
+
+        Args:
+            state: ``{"draw": n}``, n a multiple of the batch size.
+        """
+        self._first_draw = int(state["draw"])
+
+
+class _Stream:
+    """One worker's share of the draws: an iterator of handles, or of batches."""
+
+    def __init__(self, dataset: ReplayDataset) -> None:
+        worker = get_worker_info()
+        self.dataset = dataset
+        self.worker, self.num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        self.in_worker = worker is not None
+        if self.in_worker and dataset.buffer.storage_kind == "private":
+            raise UnsupportedError(
+                "ReplayDataset: the buffer has storage='private' and the DataLoader has workers; expected storage that "
+                "workers see grow. Use storage='shared', or num_workers=0."
+            )
+        self.first_draw = dataset._first_draw
+        self.key = stream_key(dataset.seed, "loader")
+        self.reader = dataset.buffer.reader(dataset.unit)
+        self._next = 0
+
+    def __iter__(self) -> "_Stream":
+        return self
+
+    def __next__(self) -> Any:
+        index = self._next
+        self._next += 1
+        if self.dataset.batch_size is None:
+            return Handle(self, index)
+        return self.batch(index, self.dataset.batch_size)
+
+    def batch(self, index: int, size: int) -> Batch:
+        """Draw and gather this worker's batch ``index`` of ``size`` samples, waiting for data if it may."""
+        number = self.first_draw + (index * self.num_workers + self.worker) * size
+        batch = self._read(number, size)
+        return batch if self.dataset.transform is None else self.dataset.transform(batch)
+
+    def single(self, index: int) -> Batch:
+        """Draw and gather one sample by itself, for a collate function that is not ours."""
+        return self._read(self.first_draw + index * self.num_workers + self.worker, 1)
+
+    def _read(self, number: int, size: int) -> Batch:
+        # A block born in shared memory travels to the learner without another copy.
+        allocate = _allocate_shared if self.in_worker else _allocate
+        deadline, parent = time.monotonic() + WAIT_S, os.getppid()
+        while True:
+            try:
+                return self.reader.read(self.key, number, size, allocate)
+            except NotEnoughDataError as error:
+                if not self.in_worker:  # the caller is the only writer: waiting for itself would never end
+                    raise
+                if time.monotonic() > deadline:
+                    raise FeedTimeoutError(f"worker {self.worker} waited {WAIT_S:.0f} s for data. {error}") from error
+                if os.getppid() != parent:
+                    raise SystemExit(0) from error  # the learner is gone
+                time.sleep(0.002)
+
+
+def _allocate(nbytes: int) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
+def _allocate_shared(nbytes: int) -> Tensor:
+    storage = torch.UntypedStorage._new_shared(nbytes)  # what torch's own collate does in a worker
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+class Handle(Mapping[str, Any]):
+    """Promise one draw; become a mapping of arrays when touched, pickled or copied.
+
+    Args:
+        stream: The worker's share of the draws.
+        index: Its place in that share.
+    """
+
+    __slots__ = ("_sample", "index", "stream")
+
+    def __init__(self, stream: _Stream, index: int) -> None:
+        self.stream, self.index = stream, index
+        self._sample: dict[str, Nest] | None = None
+
+    def _gathered(self) -> dict[str, Nest]:
+        if self._sample is None:
+            self._sample = unbatch(self.stream.single(self.index))
+        return self._sample
+
+    def __getitem__(self, key: str) -> Any:
+        return self._gathered()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._gathered())
+
+    def __len__(self) -> int:
+        return len(self._gathered())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (self._gathered(),)
+
+
+def unbatch(batch: Batch) -> dict[str, Nest]:
+    """Turn a batch of one into a sample.
+
+    Args:
+        batch: B = 1.
+
+    Returns:
+        Its fields by name, without the batch axis; fields that the unit does not have are left out.
+    """
+    values = {name: value for name, value in vars(batch).items() if not name.startswith("_") and value is not None}
+    return {name: map_nest(lambda tensor: tensor[0], value) for name, value in values.items() if value not in ((), {})}

@@ -1,0 +1,374 @@
+"""The replay buffer: lanes of steps that any number of processes read while they grow."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlfeed.errors import ConfigError, FieldError, LaneError, UnsupportedError
+from rlfeed.nest import Nest, describe, leaves
+from rlfeed.replay import checkpoint
+from rlfeed.replay import kernels as k
+from rlfeed.replay.samplers import Sampler, Uniform, stream_key
+from rlfeed.replay.storage import Kind, Storage
+from rlfeed.replay.units import Reader, Unit, reader_for
+from rlfeed.replay.writer import StepWriter
+from rlfeed.specs import from_space
+from rlfeed.types import Batch, Step
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayStats:
+    """Count what a buffer holds and what happened to it.
+
+    Args:
+        steps: Steps stored.
+        rows: Rows in use, closing rows included.
+        capacity_rows: Rows there are.
+        capacity_steps: Steps that fit, at the episode lengths seen.
+        episodes: Whole episodes stored that ended or were cut.
+        inserted: Steps ever inserted.
+        drawn: Samples drawn by `ReplayBuffer.sample` in this process.
+        stale_updates: Late updates dropped because their step had been overwritten.
+        nbytes: Bytes of storage, all of them reserved at construction.
+    """
+
+    steps: int
+    rows: int
+    capacity_rows: int
+    capacity_steps: int
+    episodes: int
+    inserted: int
+    drawn: int
+    stale_updates: int
+    nbytes: int
+
+
+class ReplayBuffer:
+    """Store steps of ``num_envs`` lanes and sample transitions, sequences or episodes from them.
+
+    An episode of n steps takes n + 1 rows: the closing row holds only its final observation, so the successor of a
+    step is always the next row and observations are stored once. When a lane is full its oldest rows make room.
+
+    Args:
+        observation_space: Of one environment: Box, Discrete, MultiDiscrete, MultiBinary, Dict, Tuple, nested.
+        action_space: Of one environment; the same kinds.
+        capacity: Rows over all lanes, closing rows included; rounded up per lane (see `stats`).
+        num_envs: Lanes.
+        sampler: Which steps are drawn.
+        extras: Spaces of what the policy stores beside, by name; ``"carry"`` is the recurrent state before each
+            observation; ``"priority"`` is reserved.
+        frame_stack: Frames that the policy sees at once.
+        carry_every: Steps between two stored carries.
+        storage: ``"shared"`` (other processes see it grow), ``"private"``, ``"memmap"`` (a file) or ``"cuda"``.
+        path: The file, for ``"memmap"``.
+        seed: Of the draws of `sample`, >= 0.
+
+    Raises:
+        ConfigError: If an argument is wrong; all findings at once.
+        SpaceError: If a space cannot be stored; the message names the part.
+        CapacityError: If it does not fit, with the numbers.
+    """
+
+    def __init__(
+        self,
+        observation_space: Any,
+        action_space: Any,
+        *,
+        capacity: int,
+        num_envs: int = 1,
+        sampler: Sampler = Uniform(),  # noqa: B008 - frozen
+        extras: Mapping[str, Any] = {},  # noqa: B006 - never written
+        frame_stack: int | Mapping[str, int] = 1,
+        carry_every: int = 1,
+        storage: Kind = "shared",
+        path: str | Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        _check_config(capacity, num_envs, storage, path, seed)
+        _check_served(sampler, frame_stack, carry_every, storage, extras)
+        fields: dict[str, Nest] = {
+            "observation": from_space(observation_space, "observation_space"),
+            "action": from_space(action_space, "action_space"),
+            "extras": {name: from_space(space, f"extras[{name!r}]") for name, space in extras.items()},
+        }
+        if "carry" in fields["extras"]:
+            fields["carry"] = fields["extras"].pop("carry")
+        self.num_envs, self.seed, self.sampler = num_envs, seed, sampler
+        rows = -(-capacity // num_envs)
+        self._storage = Storage(fields, num_envs, rows, storage, None if path is None else Path(path))
+        self._drawn = 0
+        self._bind()
+
+    def _bind(self) -> None:
+        self._writer = StepWriter(self._storage)
+        self._readers: dict[Unit, Reader] = {}
+        self._key = stream_key(self.seed, "sample")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"num_envs": self.num_envs, "seed": self.seed, "sampler": self.sampler, "_storage": self._storage}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._drawn = 0
+        self._bind()
+
+    def __len__(self) -> int:
+        """Count the steps stored.
+
+        Returns:
+            Steps that can be sampled as one-step transitions.
+        """
+        return int(k.count_steps(self._storage.plan, np.empty(3, np.int64)))
+
+    def __repr__(self) -> str:
+        stats = self.stats()
+        return (
+            f"ReplayBuffer({stats.steps} steps in {stats.rows} of {stats.capacity_rows} rows, {self.num_envs} lanes of "
+            f"{self._storage.rows} rows, room for about {stats.capacity_steps} steps, {stats.nbytes / 1e6:.1f} MB "
+            f"{self._storage.memory.kind})"
+        )
+
+    @property
+    def storage_kind(self) -> Kind:
+        """Tell where the rows lie.
+
+        Returns:
+            ``"shared"``, ``"private"`` or ``"memmap"``.
+        """
+        return self._storage.memory.kind
+
+    def add(self, step: Step) -> np.ndarray:
+        """Store one step of up to ``num_envs`` environments.
+
+        The observation is written only where ``is_first``: elsewhere it is the ``next_observation`` of the step
+        before, which the lane already holds. Where ``is_first`` comes while an episode is open, that one is cut.
+
+        Args:
+            step: k <= num_envs rows; row i goes to lane ``env_ids[i]``.
+
+        Returns:
+            ``[k]`` int64 ids, -1 where a row was lost.
+
+        Raises:
+            FieldError: If a field's name, shape or dtype is not the declared one; all findings at once.
+            LaneError: If a row does not continue its lane. Nothing has been written then.
+        """
+        return self._writer.write(step)
+
+    def extend(self, batch: Batch) -> np.ndarray:
+        """Store whole episodes that were recorded elsewhere.
+
+        Args:
+            batch: Padded episodes.
+
+        Returns:
+            ``[B]`` int64 ids of their first steps.
+
+        Raises:
+            UnsupportedError: In this version.
+        """
+        raise UnsupportedError("ReplayBuffer.extend: is not served by this version. Add the episodes' steps with add.")
+
+    def cut(self, env_ids: Sequence[int] | np.ndarray | None = None) -> int:
+        """End open episodes without an end: their environments crashed, stopped or were restarted.
+
+        Args:
+            env_ids: Which lanes; None is all.
+
+        Returns:
+            How many episodes were open.
+
+        Raises:
+            LaneError: If there is no such lane.
+        """
+        wanted = range(self.num_envs) if env_ids is None else [int(i) for i in env_ids]
+        for lane in wanted:
+            if not 0 <= lane < self.num_envs:
+                raise LaneError(f"ReplayBuffer.cut: env_ids has {lane}; expected 0 .. {self.num_envs - 1}.")
+        return sum(int(k.cut_lane(self._storage.plan, lane)) for lane in wanted)
+
+    def writer(self, env_ids: Sequence[int] | np.ndarray) -> "ReplayBuffer":
+        """Give another process its own lanes to write.
+
+        Args:
+            env_ids: Its lanes.
+
+        Returns:
+            The writer.
+
+        Raises:
+            UnsupportedError: In this version.
+        """
+        raise UnsupportedError(f"ReplayBuffer.writer({list(env_ids)}): is not served by this version. Write from one process.")
+
+    def release(self, env_ids: Sequence[int] | np.ndarray) -> None:
+        """Let lanes go whose writer has left.
+
+        Args:
+            env_ids: Which lanes.
+
+        Raises:
+            UnsupportedError: In this version.
+        """
+        raise UnsupportedError(f"ReplayBuffer.release({list(env_ids)}): is not served by this version. Use cut.")
+
+    def reader(self, unit: Unit) -> Reader:
+        """Bind a unit to this buffer; readers are kept.
+
+        Args:
+            unit: Transition, Sequence or Episode.
+
+        Returns:
+            Its reader, which draws and gathers by number.
+
+        Raises:
+            ConfigError: If a lane is shorter than what one sample touches, or this is no unit.
+        """
+        found = self._readers.get(unit)
+        if found is None:
+            found = self._readers[unit] = reader_for(self._storage, unit)
+        return found
+
+    def sample(self, batch_size: int, unit: Unit) -> Batch:
+        """Draw samples now, in this process.
+
+        Args:
+            batch_size: B >= 1.
+            unit: Transition, Sequence or Episode.
+
+        Returns:
+            The batch, in memory of its own.
+
+        Raises:
+            NotEnoughDataError: If no stored step can start a sample.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"ReplayBuffer.sample: batch_size is {batch_size}; expected at least 1.")
+        batch = self.reader(unit).read(self._key, self._drawn, batch_size)
+        self._drawn += batch_size
+        return batch
+
+    def update_priorities(self, ids: np.ndarray, values: np.ndarray) -> int:
+        """Give steps new priorities.
+
+        Args:
+            ids: ``[B]`` int64.
+            values: ``[B]``, >= 0.
+
+        Returns:
+            How many were applied: those whose step is still stored.
+
+        Raises:
+            UnsupportedError: If the sampler keeps no priorities.
+        """
+        raise UnsupportedError(f"ReplayBuffer.update_priorities: the sampler is {self.sampler}; expected Prioritized.")
+
+    def update(self, ids: np.ndarray, **columns: Any) -> int:
+        """Rewrite columns of stored steps, such as the recurrent state.
+
+        Args:
+            ids: ``[B]`` int64.
+            **columns: ``[B, ...]`` by name.
+
+        Returns:
+            How many were applied.
+
+        Raises:
+            UnsupportedError: In this version.
+        """
+        raise UnsupportedError(f"ReplayBuffer.update({sorted(columns)}): is not served by this version.")
+
+    def stats(self) -> ReplayStats:
+        """Count what is stored and what happened.
+
+        Returns:
+            The counters, read without stopping anybody.
+        """
+        counts = np.empty(3, np.int64)
+        steps = int(k.count_steps(self._storage.plan, counts))
+        episodes, rows, inserted = (int(n) for n in counts)
+        capacity = self._storage.rows * self._storage.lanes
+        return ReplayStats(
+            steps=steps,
+            rows=rows,
+            capacity_rows=capacity,
+            capacity_steps=capacity if rows == 0 else capacity * steps // rows,
+            episodes=episodes,
+            inserted=inserted,
+            drawn=self._drawn,
+            stale_updates=0,
+            nbytes=self._storage.nbytes,
+        )
+
+    def save(self, directory: str | Path) -> None:
+        """Save everything: rows, heads, counters and draw numbers.
+
+        Args:
+            directory: Must not exist; it is there whole afterwards, or not at all.
+
+        Raises:
+            RunDirectoryError: If it exists.
+        """
+        settings = {"num_envs": self.num_envs, "seed": self.seed, "drawn": self._drawn}
+        checkpoint.save(Path(directory), self._storage, settings)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "ReplayBuffer":
+        """Restore what `save` wrote; open episodes stay open.
+
+        Args:
+            directory: What `save` wrote.
+
+        Returns:
+            The buffer; its next batches are those that the saved one would have given.
+
+        Raises:
+            CheckpointError: If it is missing, damaged or of another version.
+            CapacityError: If it does not fit here.
+        """
+        storage, settings = checkpoint.load(Path(directory))
+        buffer = cls.__new__(cls)
+        buffer.__setstate__(
+            {
+                "num_envs": settings["num_envs"],
+                "seed": settings["seed"],
+                "sampler": Uniform(),
+                "_storage": storage,
+            }
+        )
+        buffer._drawn = settings["drawn"]
+        return buffer
+
+
+def _check_config(capacity: int, num_envs: int, storage: str, path: str | Path | None, seed: int) -> None:
+    wrong = []
+    for name, value, least in (("capacity", capacity, 1), ("num_envs", num_envs, 1), ("seed", seed, 0)):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+            wrong.append(f"{name} is {value!r}; expected an int >= {least}")
+    if storage not in ("private", "shared", "memmap", "cuda"):
+        wrong.append(f"storage is {storage!r}; expected 'shared', 'private', 'memmap' or 'cuda'")
+    if (storage == "memmap") != (path is not None):
+        wrong.append(f"storage is {storage!r} and path is {path!r}; expected a path exactly where storage='memmap'")
+    if wrong:
+        raise ConfigError("ReplayBuffer: " + "; ".join(wrong) + ".")
+
+
+def _check_served(
+    sampler: Sampler, frame_stack: int | Mapping[str, int], carry_every: int, storage: str, extras: Mapping[str, Any]
+) -> None:
+    wrong = []
+    if not isinstance(sampler, Uniform):
+        wrong.append(f"sampler is {sampler!r}, of which this version serves Uniform()")
+    if frame_stack != 1:
+        wrong.append(f"frame_stack is {frame_stack!r}, of which this version serves 1 (stack in a wrapper)")
+    if carry_every != 1:
+        wrong.append(f"carry_every is {carry_every}, of which this version serves 1")
+    if storage == "cuda":
+        wrong.append("storage is 'cuda', this version serves 'shared', 'private' and 'memmap'")
+    if "priority" in extras:
+        wrong.append("extras has 'priority', which needs Prioritized")
+    if wrong:
+        raise UnsupportedError("ReplayBuffer: " + "; ".join(wrong) + ".")

@@ -1,0 +1,70 @@
+"""Samplers say which index is drawn; one per buffer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Stream = Literal["sample", "loader"]
+_STREAMS: dict[Stream, int] = {"sample": 0, "loader": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform:
+    """Draw every valid start with the same probability, first and last included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prioritized:
+    """Draw starts in proportion to priority^alpha.
+
+    Args:
+        alpha: 0 is uniform, 1 is fully proportional.
+        beta: Exponent of the importance weights, 0 .. 1.
+        eta: Share of the maximum in a sequence's priority, eta max + (1 - eta) mean.
+    """
+
+    alpha: float = 0.6
+    beta: float = 0.4
+    eta: float = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Recent:
+    """Draw newer steps more often.
+
+    Args:
+        half_life: Steps inserted since, after which a step is drawn half as often.
+    """
+
+    half_life: float
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Draw each sample with one of several samplers.
+
+    Args:
+        samplers: Fractions by sampler; they sum to 1.
+    """
+
+    samplers: Mapping["Uniform | Prioritized | Recent", float]
+
+
+Sampler = Uniform | Prioritized | Recent | Mixture
+
+
+def stream_key(seed: int, stream: Stream, rank: int = 0) -> int:
+    """Derive the Philox key of one stream of draws: the same seed never gives two streams the same draws.
+
+    Args:
+        seed: The run's seed, >= 0.
+        stream: Which stream of that seed.
+        rank: Which of several learners, >= 0.
+
+    Returns:
+        64 bits, as int64.
+    """
+    words = np.random.SeedSequence((seed, _STREAMS[stream], rank)).generate_state(1, np.uint64)
+    return int(words.view(np.int64)[0])
