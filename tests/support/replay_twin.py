@@ -1,0 +1,177 @@
+"""A slow and obvious twin of the replay buffer: Python lists of rows, every rule spelled out."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rlfeed.replay import Episode, Sequence, Transition
+from rlfeed.types import Step
+
+SHIFT = 44
+
+
+@dataclass
+class Row:
+    """One row: what was observed, and the step taken there, if any."""
+
+    episode: int
+    index: int
+    observation: tuple[int, int, int]
+    step: tuple[int, float, bool, bool] | None = None  # action, reward, terminated, truncated
+    closing: bool = False
+
+
+@dataclass
+class LaneTwin:
+    """One lane: every row that was ever written; the last ``capacity`` of them are live."""
+
+    capacity: int
+    rows: list[Row] = field(default_factory=list)
+    episodes: int = 0
+
+    @property
+    def open(self):
+        return bool(self.rows) and not self.rows[-1].closing
+
+    @property
+    def tail(self):
+        return max(0, len(self.rows) - self.capacity)
+
+    def add(self, lane, first, action, reward, terminated, truncated):
+        if first:
+            self.cut()
+            self.rows.append(Row(self.episodes, 0, (lane, self.episodes, 0)))
+            self.episodes += 1
+        row = self.rows[-1]
+        row.step = (action, reward, terminated, truncated)
+        index = row.index + 1
+        self.rows.append(Row(row.episode, index, (lane, row.episode, index), closing=terminated or truncated))
+        return len(self.rows) - 2
+
+    def cut(self):
+        if self.open:
+            self.rows[-1].closing = True
+
+    def live(self):
+        return range(self.tail, len(self.rows))
+
+    def is_step(self, row):
+        return row in self.live() and self.rows[row].step is not None and not self.rows[row].closing
+
+    def end_of(self, row):
+        """The episode's closing row, or None while it is open."""
+        episode = self.rows[row].episode
+        while row < len(self.rows) and self.rows[row].episode == episode:
+            if self.rows[row].closing:
+                return row
+            row += 1
+        return None
+
+    def first_of(self, row):
+        return row - self.rows[row].index
+
+    def steps_from(self, row):
+        """Steps of this episode from ``row`` on, and whether the episode has ended."""
+        end = self.end_of(row)
+        return (end if end is not None else len(self.rows) - 1) - row, end is not None
+
+
+class ReplayTwin:
+    """Lanes of Python lists that take the same steps as a `ReplayBuffer`."""
+
+    def __init__(self, lanes, rows):
+        self.lanes = [LaneTwin(rows) for _ in range(lanes)]
+
+    def __len__(self):
+        return sum(lane.is_step(row) for lane in self.lanes for row in lane.live())
+
+    def starts(self, unit):
+        """Every valid start of a unit, as ids."""
+        return {
+            (number << SHIFT) | row
+            for number, lane in enumerate(self.lanes)
+            for row in lane.live()
+            if lane.is_step(row) and self._may_start(lane, row, unit)
+        }
+
+    def _may_start(self, lane, row, unit):
+        steps, ended = lane.steps_from(row)
+        if isinstance(unit, Transition):
+            return ended or steps >= unit.n_step
+        if isinstance(unit, Episode):
+            return ended and lane.rows[row].index == 0
+        begin = max(lane.first_of(row), row - unit.burn_in)
+        oldest = begin if begin == lane.first_of(row) else begin - 1  # the step before it gives the previous action
+        if oldest < lane.tail:
+            return False
+        return steps >= unit.length if unit.boundary == "strict" else (ended or steps >= unit.length)
+
+    def transition(self, identity, unit):
+        """The sample that a `Transition` start must give."""
+        lane, row = self.lanes[identity >> SHIFT], identity & ((1 << SHIFT) - 1)
+        count = min(unit.n_step, lane.steps_from(row)[0])
+        reward = sum(unit.gamma**i * lane.rows[row + i].step[1] for i in range(count))
+        _, _, terminated, truncated = lane.rows[row + count - 1].step
+        return {
+            "observation": lane.rows[row].observation,
+            "next_observation": lane.rows[row + count].observation,
+            "action": lane.rows[row].step[0],
+            "reward": reward,
+            "terminated": terminated,
+            "truncated": truncated,
+            "discount": 0.0 if terminated else unit.gamma**count,
+        }
+
+    def window(self, identity, unit):
+        """The unpadded window that a `Sequence` or `Episode` start must give."""
+        lane, row = self.lanes[identity >> SHIFT], identity & ((1 << SHIFT) - 1)
+        burn, length = (unit.burn_in, unit.length) if isinstance(unit, Sequence) else (0, 10**9)
+        begin = max(lane.first_of(row), row - burn)
+        end = row + min(length, lane.steps_from(row)[0])
+        steps = [lane.rows[i].step for i in range(begin, end)]
+        before = lane.rows[begin - 1].step if begin != lane.first_of(row) else (0, 0.0, False, False)
+        return {
+            "observation": [lane.rows[i].observation for i in range(begin, end + 1)],
+            "action": [s[0] for s in steps],
+            "reward": [s[1] for s in steps],
+            "terminated": [s[2] for s in steps],
+            "truncated": [s[3] for s in steps],
+            "discount": [0.0 if s[2] else unit.gamma for s in steps],
+            "is_first": [lane.rows[i].index == 0 for i in range(begin, end)],
+            "loss_mask": [i >= row for i in range(begin, end)],
+            "burn_in": row - begin,
+            "prev_action": before[0],
+            "prev_reward": before[1],
+        }
+
+
+def image(vector):
+    """A large observation that names its lane, episode and step, to be stored in a column of its own."""
+    return np.resize(np.array(vector, np.uint8), (40, 40))
+
+
+def observation(vector):
+    """The nested observation of a row."""
+    return {"vector": np.array(vector, np.float32), "image": image(vector)}
+
+
+def make_step(twin, lanes, ends, *, rewards, first=None):
+    """Advance the twin by one step of some lanes, and give the `Step` that does the same to a buffer."""
+    rows = []
+    for lane, (terminated, truncated), reward in zip(lanes, ends, rewards, strict=True):
+        state = twin.lanes[lane]
+        opens = not state.open or (first is not None and lane in first)
+        episode, index = (state.episodes, 0) if opens else (state.rows[-1].episode, state.rows[-1].index)
+        action = (3 * lane + 5 * episode + 7 * index) % 11
+        rows.append((opens, (lane, episode, index), (lane, episode, index + 1), action, reward, terminated, truncated))
+        state.add(lane, opens, action, reward, terminated, truncated)
+    return Step(
+        {k: np.stack([observation(r[1])[k] for r in rows]) for k in ("vector", "image")},
+        np.array([r[3] for r in rows]),
+        np.array([r[4] for r in rows], np.float32),
+        {k: np.stack([observation(r[2])[k] for r in rows]) for k in ("vector", "image")},
+        np.array([r[5] for r in rows]),
+        np.array([r[6] for r in rows]),
+        is_first=np.array([r[0] for r in rows]),
+        env_ids=np.array(lanes),
+    )
