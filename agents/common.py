@@ -1,0 +1,231 @@
+"""Networks for nested observations: one encoder for vectors, images and categories, and the heads on top of it.
+
+Every weight comes from a generator the caller hands in; torch's global random state is left alone.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from rlfeed import specs
+from rlfeed.errors import SpaceError
+from rlfeed.nest import Nest, Path, describe, leaves
+
+IMAGE_CHANNELS = (32, 64, 64)  # of the strided convolutions, the last one repeated
+
+
+def linear(inputs: int, outputs: int, gain: float, generator: torch.Generator) -> nn.Linear:
+    """Make a linear layer with orthogonal weights and zero bias.
+
+    Args:
+        inputs: Features in, at least 1.
+        outputs: Features out, at least 1.
+        gain: Scale of the weights: sqrt(2) before a ReLU, 1 for values, 0.01 for policies.
+        generator: Where the weights come from.
+
+    Returns:
+        The layer, on the CPU.
+
+    Source:
+        Saxe et al. 2014, Exact solutions to the nonlinear dynamics of learning in deep linear neural networks.
+    """
+    return _initialise(nn.utils.skip_init(nn.Linear, inputs, outputs), gain, generator)
+
+
+def mlp(inputs: int, widths: Sequence[int], generator: torch.Generator) -> nn.Sequential:
+    """Make a multilayer perceptron with a ReLU after every layer.
+
+    Args:
+        inputs: Features in, at least 1.
+        widths: Units of each layer; may be empty.
+        generator: Where the weights come from.
+
+    Returns:
+        The network, ``[B, inputs]`` to ``[B, widths[-1]]``.
+    """
+    layers: list[nn.Module] = []
+    for width in widths:
+        layers += [linear(inputs, width, math.sqrt(2), generator), nn.ReLU()]
+        inputs = width
+    return nn.Sequential(*layers)
+
+
+class Encoder(nn.Module):
+    """Turn a nested observation into one vector of features per row.
+
+    A leaf is read by its space: a uint8 Box ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]`` is an image, scaled to
+    [0, 1] by its upper bound and reduced by strided convolutions; any other Box and MultiBinary are flattened; Discrete and
+    MultiDiscrete become one-hot vectors.
+
+    Args:
+        space: The Gymnasium space of one observation: these kinds, and Dict and Tuple of them, nested.
+        generator: Where the weights come from.
+
+    Raises:
+        SpaceError: If a part of the space is of another kind or empty; the message names the part.
+    """
+
+    def __init__(self, space: spaces.Space, generator: torch.Generator) -> None:
+        super().__init__()
+        specs.from_space(space, "observation space")  # refuses by name what has no array of one shape
+        parts = list(_leaf_spaces(space))
+        self.paths = [path for path, _ in parts]
+        self.parts = nn.ModuleList(_part(part, describe("observation space", path), generator) for path, part in parts)
+        self.features = sum(int(part.features) for part in self.parts)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, observation: Nest) -> Float[Tensor, "B features"]:
+        """Encode a batch.
+
+        Args:
+            observation: ``[B, ...]`` per leaf, in the dtypes of the space.
+
+        Returns:
+            The features of every leaf side by side, in the order of the leaves.
+        """
+        values = dict(leaves(observation))
+        encoded = [part(values[path]) for path, part in zip(self.paths, self.parts, strict=True)]
+        return encoded[0] if len(encoded) == 1 else torch.cat(encoded, dim=-1)
+
+
+class QNetwork(nn.Module):
+    """Estimate the value of every discrete action.
+
+    Args:
+        observation_space: The Gymnasium space of one observation.
+        actions: How many actions there are, at least 1.
+        widths: Units of the fully connected layers after the encoder.
+        dueling: Estimate a state value and mean-centred advantages in place of the values themselves.
+        generator: Where the weights come from.
+
+    Raises:
+        SpaceError: If a part of the observation space is not supported; the message names the part.
+
+    Source:
+        Wang et al. 2016, Dueling network architectures for deep reinforcement learning, equation 9.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        actions: int,
+        widths: Sequence[int],
+        *,
+        dueling: bool,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.encoder = Encoder(observation_space, generator)
+        self.trunk = mlp(self.encoder.features, widths, generator)
+        features = widths[-1] if widths else self.encoder.features
+        self.advantage = linear(features, actions, 1.0, generator)
+        self.value = linear(features, 1, 1.0, generator) if dueling else None
+
+    def forward(self, observation: Nest) -> Float[Tensor, "B actions"]:
+        """Estimate the value of each action.
+
+        Args:
+            observation: ``[B, ...]`` per leaf.
+
+        Returns:
+            One value per action, in the unit of a discounted return.
+        """
+        features = self.trunk(self.encoder(observation))
+        advantage = self.advantage(features)
+        if self.value is None:
+            return advantage
+        return self.value(features) + advantage - advantage.mean(dim=-1, keepdim=True)
+
+
+class _Flat(nn.Module):
+    """Flatten numbers; uint8 is scaled to [0, 1], as it is in images."""
+
+    def __init__(self, space: spaces.Space) -> None:
+        super().__init__()
+        self.features = math.prod(space.shape or ())
+        self.scale = _scale(space) if space.dtype == "uint8" else 1.0
+
+    def forward(self, value: Tensor) -> Float[Tensor, "B features"]:
+        return value.reshape(len(value), -1).float() * self.scale
+
+
+class _OneHot(nn.Module):
+    """Encode categories, of Discrete or of every entry of a MultiDiscrete, as one-hot vectors side by side."""
+
+    def __init__(self, sizes: list[int], starts: list[int]) -> None:
+        super().__init__()
+        self.features = sum(sizes)
+        first = torch.tensor([0, *sizes[:-1]]).cumsum(0)  # where each category's vector begins
+        self.register_buffer("offset", first - torch.tensor(starts), persistent=False)
+
+    def forward(self, value: Int[Tensor, "B *entries"]) -> Float[Tensor, "B features"]:
+        index = value.reshape(len(value), -1).long() + self.offset
+        return torch.zeros(len(value), self.features, device=value.device).scatter_(1, index, 1.0)
+
+
+class _Image(nn.Module):
+    """Reduce an image by strided convolutions until its shorter side has at most 6 pixels."""
+
+    def __init__(self, space: spaces.Box, generator: torch.Generator) -> None:
+        super().__init__()
+        self.scale = _scale(space)
+        self.shape = space.shape if len(space.shape) == 3 else (*space.shape, 1)
+        # The channels are the shorter of the outer axes; Gymnasium's own order, last, where they are equal.
+        self.channels_last = self.shape[2] <= self.shape[0]
+        channels, height, width = (self.shape[2], *self.shape[:2]) if self.channels_last else self.shape
+        layers: list[nn.Module] = []
+        for outputs in _channels(min(height, width)):
+            conv = nn.utils.skip_init(nn.Conv2d, channels, outputs, kernel_size=3, stride=2, padding=1)
+            layers += [_initialise(conv, math.sqrt(2), generator), nn.ReLU()]
+            channels, height, width = outputs, (height + 1) // 2, (width + 1) // 2
+        self.convolutions = nn.Sequential(*layers)
+        self.features = channels * height * width
+
+    def forward(self, value: Int[Tensor, "B *shape"]) -> Float[Tensor, "B features"]:
+        image = value.reshape(len(value), *self.shape).float() * self.scale
+        if self.channels_last:
+            image = image.permute(0, 3, 1, 2)
+        return self.convolutions(image).flatten(1)
+
+
+def _scale(space: Any) -> float:
+    """Scale to [0, 1] by the upper bound: a grid of zeros and ones in uint8 would vanish if divided by 255."""
+    return 1 / max(float(space.high.max()), 1.0)
+
+
+def _channels(side: int) -> list[int]:
+    found = [IMAGE_CHANNELS[0]]
+    while (side := (side + 1) // 2) > 6:
+        found.append(IMAGE_CHANNELS[min(len(found), len(IMAGE_CHANNELS) - 1)])
+    return found
+
+
+def _initialise(layer: Any, gain: float, generator: torch.Generator) -> Any:
+    nn.init.orthogonal_(layer.weight, gain, generator=generator)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _leaf_spaces(space: spaces.Space, path: Path = ()) -> list[tuple[Path, spaces.Space]]:
+    if isinstance(space, spaces.Dict):
+        return [leaf for key, part in space.spaces.items() for leaf in _leaf_spaces(part, (*path, key))]
+    if isinstance(space, spaces.Tuple):
+        return [leaf for index, part in enumerate(space.spaces) for leaf in _leaf_spaces(part, (*path, index))]
+    return [(path, space)]
+
+
+def _part(space: spaces.Space, where: str, generator: torch.Generator) -> nn.Module:
+    if isinstance(space, spaces.Discrete):
+        return _OneHot([int(space.n)], [int(space.start)])
+    if isinstance(space, spaces.MultiDiscrete):
+        return _OneHot([int(n) for n in space.nvec.flat], [int(n) for n in space.start.flat])
+    shape = space.shape or ()
+    if math.prod(shape) == 0:
+        raise SpaceError(f"{where}: has shape {shape}, no numbers at all; expected at least one. Leave it out.")
+    if space.dtype == "uint8" and isinstance(space, spaces.Box) and len(shape) in (2, 3):
+        return _Image(space, generator)
+    return _Flat(space)

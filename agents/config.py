@@ -1,0 +1,144 @@
+"""What a training run is made of, as frozen dataclasses.
+
+The docstrings are the command line's help, and the fields are the keys of a run's ``config.json``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+
+from rlfeed.errors import ConfigError, suggest
+from rlfeed.train.loop import Agent, LoopConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    """Hold an algorithm's settings; each agent has a subclass."""
+
+    def build(
+        self, observation_space: Any, action_space: Any, *, total_steps: int, seed: int, device: torch.device
+    ) -> Agent:
+        """Make the agent.
+
+        Args:
+            observation_space: The Gymnasium space of one environment's observations.
+            action_space: The Gymnasium space of one environment's actions.
+            total_steps: Environment steps of the whole run, the end of every schedule.
+            seed: The run's seed.
+            device: Where the agent learns and acts.
+
+        Returns:
+            The agent, untrained.
+
+        Raises:
+            SpaceError: If the agent cannot play these spaces.
+        """
+        raise ConfigError("agent: is the base of all agents' settings; expected one agent's. Start from a preset.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvConfig:
+    """Say which environment to train on.
+
+    Args:
+        id: Gymnasium id, path/to/file.py:ClassName, or package.module:ClassName.
+        num_envs: Environments stepped together, each with its own episodes.
+        kwargs: Arguments of the environment's constructor. One at a time as --env.kwargs.NAME VALUE, where VALUE is
+            read as JSON or a Python literal if it is one, else as text.
+    """
+
+    id: str = "CartPole-v1"
+    num_envs: int = 1
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.num_envs < 1:
+            raise ConfigError(f"env.num_envs: is {self.num_envs}; expected at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(LoopConfig):
+    """Hold everything that decides a training run.
+
+    Args:
+        env: The environment.
+        agent: The algorithm's settings.
+        seed: Seeds networks, episodes, exploration and draws: the same seed gives the same run on one device.
+        device: Where to learn: cpu, cuda, cuda:N, mps, or auto (cuda, then mps, then cpu).
+        run_dir: Directory of this run; default runs/ENVIRONMENT/PRESET/DATE-TIME-sSEED-XXXX.
+    """
+
+    env: EnvConfig = field(default_factory=EnvConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    seed: int = 0
+    device: str = "auto"
+    run_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seed < 0:
+            raise ConfigError(f"seed: is {self.seed}; expected 0 or more.")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Turn a configuration into what JSON can hold.
+
+    Args:
+        config: A configuration dataclass.
+
+    Returns:
+        Nested dicts of its fields.
+    """
+    return asdict(config)
+
+
+def from_dict(default: Any, values: Mapping[str, Any], where: str = "config") -> Any:
+    """Take a configuration back from nested dicts.
+
+    Args:
+        default: A configuration of the type to make; it gives the fields that are not in ``values``.
+        values: Fields by name, as `to_dict` gave them.
+        where: What the dict is called in an error.
+
+    Returns:
+        A configuration of the default's type.
+
+    Raises:
+        ConfigError: If a key is no field; the nearest is suggested.
+    """
+    names = [f.name for f in fields(default)]
+    unknown = [f"{where}.{key}: is not a setting.{suggest(key, names)}" for key in values if key not in names]
+    if unknown:
+        raise ConfigError(" ".join(unknown))
+    changes = {key: _decode(getattr(default, key), value, f"{where}.{key}") for key, value in values.items()}
+    return replace(default, **changes)
+
+
+def _decode(default: Any, value: Any, where: str) -> Any:
+    if is_dataclass(default):
+        return from_dict(default, value, where)
+    return tuple(value) if isinstance(default, tuple) else value  # JSON knows lists only
+
+
+def differences(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    """Compare two configurations of one type.
+
+    Args:
+        old: A configuration.
+        new: Another.
+
+    Returns:
+        (name as in the command line's flags, old value, new value) for each field that differs.
+    """
+    found = []
+    for f in fields(old):
+        a, b = getattr(old, f.name), getattr(new, f.name)
+        if is_dataclass(a) and type(a) is type(b):
+            found += [(f"{f.name}.{name}", x, y) for name, x, y in differences(a, b)]
+        elif a != b:
+            found.append((f.name, a, b))
+    return found
+
+

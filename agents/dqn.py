@@ -1,0 +1,271 @@
+"""DQN: Q-learning on replayed transitions, with the corrections that cost nothing.
+
+What it computes, for a transition over k <= n steps with return R = r_1 + gamma r_2 + ...:
+
+    target = R + gamma^k Q'(s', argmax_a Q(s', a))        0 in place of the last term where s' is terminal
+    loss   = mean of w * huber(Q(s, a) - target)
+
+Q is the network and Q' the target network. Sources: Mnih et al. 2015 (Human-level control through deep reinforcement
+learning, algorithm 1), van Hasselt et al. 2016 (Deep reinforcement learning with double Q-learning, equation 4), Wang
+et al. 2016 (dueling networks, equation 9), Sutton 1988 (n-step returns).
+
+Departs from Mnih et al.: double estimates and n-step returns by default; truncated episodes bootstrap from their true
+final observation; Adam, whose learning rate falls linearly to `lr_end`; the gradient's norm is clipped, and each error
+by the Huber loss; rewards are not clipped.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from agents.common import QNetwork
+from agents.config import AgentConfig, TrainConfig
+from rlfeed.errors import CheckpointError, ConfigError, SpaceError
+from rlfeed.log import tags
+from rlfeed.nest import Nest, map_nest
+from rlfeed.replay import Transition
+from rlfeed.rollout import EpsilonGreedy
+from rlfeed.train.schedule import Linear
+from rlfeed.types import Batch, PolicyContext, PolicyOutput
+
+Q_MEAN = tags.register("train/q_mean", "reward", "Mean value of the actions taken, over batches since the last value.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DQNConfig(AgentConfig):
+    """Hold DQN's settings.
+
+    Args:
+        lr: Learning rate of Adam at the first env step.
+        lr_end: Learning rate at the last env step; in between it falls in a straight line.
+        gamma: Discount per step, 0 to 1.
+        n_step: Steps of reward summed before the value of what follows is used, at least 1.
+        double: Choose the next action by the network, value it by the target network.
+        dueling: Estimate a state value and advantages in place of action values.
+        widths: Units of the fully connected layers after the encoder.
+        target_every: Updates between copies of the network into the target network.
+        max_grad_norm: The gradient's norm is scaled down to this.
+        epsilon_start: Probability of a random action at the first env step, 0 to 1.
+        epsilon_end: Probability of a random action once exploration has fallen, 0 to 1.
+        epsilon_fraction: Part of the run's env steps in which exploration falls, above 0 to 1.
+    """
+
+    lr: float = 1e-3
+    lr_end: float = 0.0
+    gamma: float = 0.99
+    n_step: int = 3
+    double: bool = True
+    dueling: bool = False
+    widths: tuple[int, ...] = (128, 128)
+    target_every: int = 200
+    max_grad_norm: float = 10.0
+    epsilon_start: float = 1.0
+    epsilon_end: float = 0.04
+    epsilon_fraction: float = 0.16
+
+    def __post_init__(self) -> None:
+        rules = {
+            "lr": (self.lr > 0, "above 0"),
+            "lr_end": (self.lr_end >= 0, "0 or more"),
+            "gamma": (0 <= self.gamma <= 1, "0 to 1"),
+            "n_step": (self.n_step >= 1, "at least 1"),
+            "widths": (all(width >= 1 for width in self.widths), "at least 1 unit each"),
+            "target_every": (self.target_every >= 1, "at least 1 update"),
+            "max_grad_norm": (self.max_grad_norm > 0, "above 0"),
+            "epsilon_start": (0 <= self.epsilon_start <= 1, "0 to 1"),
+            "epsilon_end": (0 <= self.epsilon_end <= 1, "0 to 1"),
+            "epsilon_fraction": (0 < self.epsilon_fraction <= 1, "above 0 and at most 1"),
+        }
+        wrong = [f"agent.{k}: is {getattr(self, k)}; expected {rule}." for k, (ok, rule) in rules.items() if not ok]
+        if wrong:
+            raise ConfigError(" ".join(wrong))
+
+    def build(
+        self, observation_space: Any, action_space: Any, *, total_steps: int, seed: int, device: torch.device
+    ) -> "DQN":
+        """Make the agent; see `AgentConfig.build`."""
+        return DQN(self, observation_space, action_space, total_steps=total_steps, seed=seed, device=device)
+
+
+def dqn() -> TrainConfig:
+    """Give the settings that solve CartPole and suit other small problems.
+
+    Returns:
+        A whole run: environment, agent and budget.
+    """
+    return TrainConfig(agent=DQNConfig())
+
+
+class DQN:
+    """Learn action values from transitions, and act on them.
+
+    Args:
+        config: The settings.
+        observation_space: The Gymnasium space of one environment's observations.
+        action_space: The Gymnasium space of one environment's actions: Discrete.
+        total_steps: Environment steps of the whole run, the end of both schedules.
+        seed: Seeds the network's weights.
+        device: Where to learn and act.
+
+    Raises:
+        SpaceError: If the actions are not Discrete, or a part of the observation space is not supported.
+    """
+
+    def __init__(
+        self,
+        config: DQNConfig,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        *,
+        total_steps: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        if not isinstance(action_space, spaces.Discrete):
+            raise SpaceError(
+                f"action space: is {action_space}; DQN plays Discrete ones only. Use an agent for continuous actions, "
+                "or map a Discrete space onto this one in a wrapper."
+            )
+        self.config, self.device = config, device
+        self.first_action = int(action_space.start)
+        self.unit = Transition(n_step=config.n_step, gamma=config.gamma)
+        self.network, self.target = (
+            QNetwork(
+                observation_space,
+                int(action_space.n),
+                config.widths,
+                dueling=config.dueling,
+                generator=torch.Generator().manual_seed(seed),
+            ).to(device)
+            for _ in range(2)
+        )
+        self.target.requires_grad_(False)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.lr, fused=True)
+        self.lr = Linear(config.lr, config.lr_end, total_steps)
+        self.epsilon = Linear(
+            config.epsilon_start, config.epsilon_end, max(1, round(config.epsilon_fraction * total_steps))
+        )
+        self.policy = EpsilonGreedy(GreedyQ(self.network, self.first_action, device), self.epsilon, action_space)
+        self.updates = 0
+
+    def learn(self, batch: Batch, *, env_steps: int) -> dict[str, Tensor]:
+        """Take one optimiser step.
+
+        Args:
+            batch: Transitions, on the agent's device.
+            env_steps: Steps taken so far, the clock of the learning rate.
+
+        Returns:
+            Scalars by tag, on the device: reading them here would wait for it at every update.
+        """
+        action = (batch.action.long() - self.first_action).unsqueeze(1)
+        value = self.network(batch.observation).gather(1, action).squeeze(1)
+        target = self.targets(batch)
+        error = nn.functional.huber_loss(value, target, reduction="none")
+        loss = error.mean() if batch.weights is None else (batch.weights * error).mean()
+
+        self.optimizer.param_groups[0]["lr"] = self.lr(env_steps)
+        self.optimizer.zero_grad()
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.updates += 1
+        if self.updates % self.config.target_every == 0:
+            self.target.load_state_dict(self.network.state_dict())
+        return {"train/loss": loss.detach(), Q_MEAN.name: value.detach().mean(), "train/grad_norm": grad_norm}
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> Float[Tensor, " B"]:
+        """Compute what the values are trained towards.
+
+        Args:
+            batch: Transitions, on the agent's device.
+
+        Returns:
+            R + discount * Q'(s', a'), where a' is greedy in Q (double) or in Q'.
+        """
+        next_values = self.target(batch.next_observation)
+        chooser = self.network(batch.next_observation) if self.config.double else next_values
+        bootstrap = next_values.gather(1, chooser.argmax(dim=1, keepdim=True)).squeeze(1)
+        # where, not a product: 0 * inf from a terminal observation's value would be nan.
+        return batch.reward + torch.where(batch.discount > 0, batch.discount * bootstrap, 0.0)
+
+    def scalars(self, env_steps: int) -> dict[str, float]:
+        """Say where the schedules stand.
+
+        Args:
+            env_steps: Steps taken so far.
+
+        Returns:
+            Scalars by tag.
+        """
+        return {"rollout/exploration_rate": self.epsilon(env_steps), "train/learning_rate": self.lr(env_steps)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give everything that learning has changed.
+
+        Returns:
+            Network, target network, optimiser and counter; see `Stateful`.
+        """
+        return {
+            "network": _copied(self.network.state_dict()),
+            "target": _copied(self.target.state_dict()),
+            "optimizer": _copied(self.optimizer.state_dict()["state"]),
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take a state back.
+
+        Args:
+            state: What `state_dict` gave.
+
+        Raises:
+            CheckpointError: If it is of a network of another shape.
+        """
+        try:
+            self.network.load_state_dict(state["network"])
+            self.target.load_state_dict(state["target"])
+        except RuntimeError as error:
+            raise CheckpointError(f"agent state: is of another network; expected this run's. {error}") from error
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        self.updates = state["updates"]
+
+
+class GreedyQ:
+    """Choose the action of the highest value: a stateless `Policy`.
+
+    Args:
+        network: Gives ``[k, actions]`` values of ``[k, ...]`` observations.
+        first_action: The number of the first action.
+        device: Where the network is.
+    """
+
+    def __init__(self, network: nn.Module, first_action: int, device: torch.device) -> None:
+        self.network, self.first_action, self.device = network, first_action, device
+
+    def initial_carry(self, num_envs: int) -> Nest:
+        """Give the empty carry; see `Policy`."""
+        return ()
+
+    @torch.inference_mode()
+    def __call__(self, observation: Nest, carry: Nest, context: PolicyContext) -> PolicyOutput:
+        """Choose for every row, among the allowed actions where a mask says so; see `Policy`."""
+        values = self.network(map_nest(lambda leaf: torch.from_numpy(leaf).to(self.device), observation))
+        if context.action_mask is not None:
+            allowed = torch.from_numpy(context.action_mask).to(self.device)
+            values = values.masked_fill(~allowed, -torch.inf)
+        action = values.argmax(dim=-1).cpu().numpy()
+        return PolicyOutput(action + self.first_action)
+
+
+def _copied(state: Any) -> Any:
+    if isinstance(state, Mapping):
+        return {key: _copied(value) for key, value in state.items()}
+    return state.detach().clone() if isinstance(state, Tensor) else state

@@ -1,0 +1,231 @@
+"""What the scripts share: typed flags, one way to report an error, and finding a run again."""
+
+import ast
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(CHECKOUT))  # agents/ lives in the checkout, not in site-packages
+
+from agents import PRESETS  # noqa: E402
+from agents.config import TrainConfig, from_dict  # noqa: E402
+from rlfeed.errors import ConfigError, RlfeedError, RunDirectoryError, suggest  # noqa: E402
+from rlfeed.train.run import CONFIG, read_config  # noqa: E402
+
+DEFAULT_PRESET = "dqn"
+KWARGS_FLAG = "--env.kwargs"
+REGISTRY = ConstructorRegistry()
+
+
+def parse(kind: Any, args: Sequence[str], *, default: Any, prog: str, description: str) -> Any:
+    """Read flags into a dataclass; exits where they are wrong or ask for help.
+
+    Args:
+        kind: The dataclass.
+        args: The command line without the script's name.
+        default: Its defaults, shown in the help.
+        prog: What the help calls the script.
+        description: What the help says first.
+
+    Returns:
+        An instance of ``kind``.
+    """
+    with REGISTRY:
+        return tyro.cli(kind, args=join_env_kwargs(args), default=default, prog=prog, description=description)
+
+
+def guarded(run: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
+    """Run a script and turn what went wrong into one message and an exit code; a bug of ours keeps its traceback.
+
+    Args:
+        run: Given the command line without the script's name, returns the exit code.
+        argv: That command line; None for the process's own.
+
+    Returns:
+        0, 1 for a failure, 2 for input that cannot be used, or what the script exits with.
+    """
+    try:
+        return run(list(sys.argv[1:] if argv is None else argv))
+    except RlfeedError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except SystemExit as request:
+        if isinstance(request.code, str):
+            print(request.code, file=sys.stderr)
+            return 1
+        return request.code or 0
+
+
+def split_preset(args: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Take the preset off a command line.
+
+    Args:
+        args: The command line: a preset first, or flags only.
+
+    Returns:
+        The preset, None where there is none, and the flags.
+
+    Raises:
+        ConfigError: If there is no such preset.
+    """
+    if not args or args[0].startswith("-"):
+        return None, list(args)
+    if args[0] not in PRESETS:
+        raise ConfigError(
+            f"preset: is {args[0]!r}; expected one of {', '.join(PRESETS)}, then flags.{suggest(args[0], PRESETS)}"
+        )
+    return args[0], list(args[1:])
+
+
+def join_env_kwargs(args: Sequence[str]) -> list[str]:
+    """Gather every ``--env.kwargs.NAME VALUE`` into one ``--env.kwargs JSON``, which is a flag like the others.
+
+    Args:
+        args: The command line.
+
+    Returns:
+        The command line with at most one such flag, at the end.
+
+    Raises:
+        ConfigError: If a name is no identifier or has no value.
+    """
+    rest: list[str] = []
+    kwargs: dict[str, Any] = {}
+    pending = iter(args)
+    for arg in pending:
+        if not arg.startswith(f"{KWARGS_FLAG}."):
+            rest.append(arg)
+            continue
+        flag, equals, text = arg.partition("=")
+        name = flag.removeprefix(f"{KWARGS_FLAG}.")
+        if not name.isidentifier():
+            raise ConfigError(
+                f"{flag}: {name!r} is no name of an argument; expected {KWARGS_FLAG}.NAME VALUE. "
+                f"Give a nested value as JSON: {KWARGS_FLAG}.NAME '{{\"size\": 5}}'."
+            )
+        value = text if equals else next(pending, None)
+        if value is None or (not equals and value.startswith("--")):
+            raise ConfigError(f"{flag}: has no value; expected {KWARGS_FLAG}.{name} VALUE.")
+        kwargs[name] = literal(value)
+    return [*rest, KWARGS_FLAG, json.dumps(kwargs)] if kwargs else rest
+
+
+def literal(text: str) -> Any:
+    """Read a value as JSON or a Python literal if it is one, else as the text itself.
+
+    Args:
+        text: What was typed: ``5``, ``0.1``, ``true``, ``None``, ``[1, 2]``, ``"5"``, ``north``.
+
+    Returns:
+        A number, bool, None, list, dict or string: what JSON can hold.
+    """
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:
+        return json.loads(json.dumps(ast.literal_eval(text), allow_nan=False))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def find_run(path: str) -> Path:
+    """Find the run directory that a path belongs to.
+
+    Args:
+        path: The run directory, or anything inside it.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        RunDirectoryError: If there is none around the path.
+    """
+    start = Path(path).absolute()
+    for directory in (start, *start.parents):
+        if start.exists() and (directory / CONFIG).is_file() and "preset" in read_config(directory):
+            return directory
+    problem = "holds no run and lies in none" if start.exists() else "is not there"
+    raise RunDirectoryError(f"run directory {path}: {problem}; expected one that scripts/train.py made.")
+
+
+def load_config(run: Path) -> tuple[str, TrainConfig]:
+    """Read what a run was made of.
+
+    Args:
+        run: The run directory.
+
+    Returns:
+        The preset's name and the resolved settings.
+
+    Raises:
+        ConfigError: If they are of a preset or have settings that this version does not know.
+    """
+    saved = read_config(run)
+    preset, _ = split_preset([saved["preset"]])
+    return str(preset), from_dict(PRESETS[str(preset)](), saved["config"], where=f"{run / CONFIG}: config")
+
+
+@REGISTRY.primitive_rule
+def _whole_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
+    """Accept ``1e5`` and ``100_000`` for integers."""
+    if info.type is not int:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda args: whole_number(args[0]),
+        is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def whole_number(text: str) -> int:
+    """Read an integer as people write them.
+
+    Args:
+        text: ``100000``, ``100_000`` or ``1e5``.
+
+    Returns:
+        The integer, exact at any size.
+
+    Raises:
+        ValueError: If it is no integer.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.5
+    if not value.is_integer():
+        raise ValueError(f"is {text!r}; expected a whole number, such as 100000, 100_000 or 1e5")
+    return int(value)
+
+
+@REGISTRY.primitive_rule
+def _mapping(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, Any]] | None:
+    if info.type != dict[str, Any]:
+        return None
+
+    def read(args: list[str]) -> dict[str, Any]:
+        value = literal(args[0])
+        if not isinstance(value, dict):
+            raise ValueError(f"is {args[0]!r}; expected a JSON object, such as '{{\"size\": 5}}'")
+        return value
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [json.dumps(value)],
+    )

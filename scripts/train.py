@@ -1,0 +1,247 @@
+"""Train an agent: ``python scripts/train.py PRESET [flags]``, or ``--resume RUN_DIR``."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+import command_line
+import torch
+from command_line import DEFAULT_PRESET, PRESETS, find_run, guarded, load_config, split_preset
+
+from agents.config import TrainConfig, differences, to_dict
+from rlfeed.envs import Envs, make_envs
+from rlfeed.errors import ConfigError, RunDirectoryError
+from rlfeed.feed.device import choose_device
+from rlfeed.log import ConsoleLogger, FanOut, TensorBoardLogger
+from rlfeed.replay import ReplayBuffer
+from rlfeed.rollout import Rollout
+from rlfeed.train.checkpoint import Checkpoint
+from rlfeed.train.evaluate import Evaluation, evaluate
+from rlfeed.train.interrupts import Interrupts
+from rlfeed.train.loop import Agent, OffPolicyLoop
+from rlfeed.train.run import RunDirectory, default_path, read_marker
+
+EVALUATION_ENVS = 5  # at most: enough to share the cost of the policy's calls
+
+# What may change when a run goes on: none of it is part of what has been learned.
+RESUMABLE = (
+    "total_steps",
+    "eval_every",
+    "eval_episodes",
+    "checkpoint_every",
+    "log_every",
+    "num_workers",
+    "device",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandLine(TrainConfig):
+    """Hold a run's settings and what to do with them.
+
+    Args:
+        resume: Go on with the run in this directory (any path inside it) from its last checkpoint. Environments
+            restart at their next episode. Of the settings only total_steps, device, num_workers and the evaluation,
+            checkpoint and log intervals may be given anew.
+        dry_run: Print the resolved settings, the memory the replay will need and the device, and exit.
+    """
+
+    resume: str | None = None
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Hold what a run is built of before anything is written."""
+
+    envs: Envs
+    evaluation_envs: Envs
+    agent: Agent
+    device: torch.device
+    why: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the command line says.
+
+    Args:
+        argv: The command line without the script's name; None for the process's own.
+
+    Returns:
+        The exit code: 0, 1 (failure), 2 (bad input), 130 or 143 (saved on a signal).
+    """
+    return guarded(_main, argv)
+
+
+def _main(argv: list[str]) -> int:
+    preset, args = split_preset(argv)
+    scan = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
+    scan.add_argument("--resume")
+    resume = scan.parse_known_args(args)[0].resume
+    if resume is None:
+        preset = preset or DEFAULT_PRESET
+        config, dry_run = _parse(preset, args, PRESETS[preset]())
+        return _start(preset, config, argv, dry_run)
+    run = find_run(resume)
+    saved_preset, saved = load_config(run)
+    if preset not in (None, saved_preset):
+        raise ConfigError(f"preset: is {preset!r}, but {run} is a run of {saved_preset!r}; expected that one, or none.")
+    saved = replace(saved, run_dir=str(run))  # where it is now: it may have been moved
+    config, dry_run = _parse(saved_preset, args, saved)
+    _check_changes(run, saved, config)
+    return _resume(run, saved_preset, config, dry_run)
+
+
+def _parse(preset: str, args: list[str], default: TrainConfig) -> tuple[TrainConfig, bool]:
+    values = {f.name: getattr(default, f.name) for f in fields(TrainConfig)}
+    others = f" Presets: {', '.join(PRESETS)}; the first argument, {DEFAULT_PRESET} where there is none."
+    chosen = command_line.parse(
+        CommandLine,
+        args,
+        default=CommandLine(**values),
+        prog=f"train.py {preset}",
+        description=f"Train {preset} on a Gymnasium environment.{others}",
+    )
+    return TrainConfig(**{name: getattr(chosen, name) for name in values}), chosen.dry_run
+
+
+def _check_changes(run: Path, saved: TrainConfig, config: TrainConfig) -> None:
+    changes = differences(saved, config)
+    for name, old, new in changes:
+        if name in RESUMABLE:
+            print(f"changed: {name} from {old} to {new}")
+    refused = [f"{name} is {new!r} but was {old!r}" for name, old, new in changes if name not in RESUMABLE]
+    if refused:
+        raise ConfigError(
+            f"--resume {run}: {'; '.join(refused)}; expected the run's own settings, which are part of what it has "
+            f"learned. Only {', '.join(RESUMABLE)} may change. Start a new run for the others."
+        )
+
+
+def _build(config: TrainConfig) -> Parts:
+    device, why = choose_device(config.device)
+    make = partial(make_envs, config.env.id, kwargs=config.env.kwargs)
+    envs = make(config.env.num_envs)
+    agent = config.agent.build(
+        envs.observation_space,
+        envs.action_space,
+        total_steps=config.total_steps,
+        seed=config.seed,
+        device=device,
+    )
+    return Parts(envs, make(min(config.eval_episodes, EVALUATION_ENVS)), agent, device, why)
+
+
+def _new_buffer(config: TrainConfig, envs: Envs, storage: str = "shared") -> ReplayBuffer:
+    return ReplayBuffer(
+        envs.observation_space,
+        envs.action_space,
+        capacity=config.capacity,
+        num_envs=config.env.num_envs,
+        storage=storage,  # pyright: ignore[reportArgumentType]
+        seed=config.seed,
+    )
+
+
+def _start(preset: str, config: TrainConfig, argv: list[str], dry_run: bool) -> int:
+    config = replace(config, env=replace(config.env, id=_absolute(config.env.id)))
+    parts = _build(config)
+    if dry_run:
+        return _describe(preset, config, parts, _new_buffer(config, parts.envs, "private"))
+    buffer = _new_buffer(config, parts.envs)
+    path = config.run_dir or default_path(config.env.id, preset, config.seed)
+    run = RunDirectory.create(path, {"preset": preset, "config": to_dict(config)}, ["scripts/train.py", *argv])
+    return _train(run, config, parts, buffer, None)
+
+
+def _resume(path: Path, preset: str, config: TrainConfig, dry_run: bool) -> int:
+    parts = _build(config)
+    if dry_run:
+        return _describe(preset, config, parts, _new_buffer(config, parts.envs, "private"))
+    marker = read_marker(path)
+    run = RunDirectory.resume(path)
+    checkpoint = run.checkpoints.latest(repair=True)
+    if checkpoint.env_steps >= config.total_steps and marker == "DONE":
+        run.mark("DONE")
+        run.close()
+        raise RunDirectoryError(
+            f"--resume {path}: is DONE at env step {checkpoint.env_steps} of {config.total_steps}; expected steps "
+            f"left to train. Extend it with --total-steps {2 * config.total_steps}."
+        )
+    buffer = ReplayBuffer.load(checkpoint.path / "replay")
+    return _train(run, config, parts, buffer, checkpoint)
+
+
+def _train(
+    run: RunDirectory, config: TrainConfig, parts: Parts, buffer: ReplayBuffer, checkpoint: Checkpoint | None
+) -> int:
+    torch.set_num_threads(1)  # small networks: threads cost more than they bring, and results stay the same anywhere
+    at = 0 if checkpoint is None else checkpoint.env_steps
+    print(f"run: {run.path}, device: {parts.device} ({parts.why})", flush=True)
+    with run, Interrupts() as interrupts:
+        curves = TensorBoardLogger(run.path, purge_step=None if checkpoint is None else at + 1)
+        console = ConsoleLogger(config.total_steps, at)
+        logger = FanOut(curves, console)
+        loop = OffPolicyLoop(
+            config,
+            parts.agent,
+            Rollout(parts.envs, parts.agent.policy, seed=config.seed),
+            buffer,
+            device=parts.device,
+            seed=config.seed,
+            evaluate=_evaluator(config, parts.evaluation_envs),
+            checkpoints=run.checkpoints,
+            logger=logger,
+            advance=console.advance,
+            stop=lambda: interrupts.received is not None,
+        )
+        try:
+            if checkpoint is not None:
+                loop.restore(checkpoint)
+                print(
+                    f"resumed at env step {at} of {config.total_steps} after {loop.updates} updates: environments "
+                    "restarted at their next episode, open episodes of the replay cut",
+                    flush=True,
+                )
+            ended = loop.run()
+        finally:
+            logger.close()
+            parts.envs.close()
+            parts.evaluation_envs.close()
+        if not ended and interrupts.received is not None:
+            run.mark("STOPPED", interrupts.received.name)
+    if not ended or loop.evaluation is None:
+        print(f"stopped at env step {loop.env_steps} of {config.total_steps}, saved")
+        print(f"go on with: python scripts/train.py --resume {run.path}")
+        return interrupts.exit_code
+    print(f"run: {run.path}")
+    print(f"evaluation: {loop.evaluation}")
+    print(f"curves: tensorboard --logdir {run.path}")
+    return 0
+
+
+def _evaluator(config: TrainConfig, envs: Envs) -> Callable[..., Evaluation]:
+    return lambda policy: evaluate(envs, policy, episodes=config.eval_episodes, seed=config.seed)
+
+
+def _describe(preset: str, config: TrainConfig, parts: Parts, buffer: ReplayBuffer) -> int:
+    print(json.dumps({"preset": preset, "config": to_dict(config)}, indent=2))
+    print(f"replay: {buffer!r}")
+    print(f"device: {parts.device} ({parts.why})")
+    parts.envs.close()
+    parts.evaluation_envs.close()
+    return 0
+
+
+def _absolute(env_id: str) -> str:
+    """Name a file from anywhere: a run may be resumed from another directory."""
+    file, colon, name = env_id.partition(".py")
+    return f"{Path(file + colon).absolute()}{name}" if colon else env_id
+
+
+if __name__ == "__main__":
+    sys.exit(main())
