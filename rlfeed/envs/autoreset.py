@@ -124,8 +124,8 @@ class VectorEnvs:
             self._mode = AutoresetMode((envs.metadata or {}).get("autoreset_mode"))
         except ValueError:
             raise ConfigError(
-                f"{self.name}: metadata has no autoreset_mode; expected one of {[m.name for m in AutoresetMode]}, since "
-                "it decides where final observations are. Set metadata['autoreset_mode'] in the environment's class."
+                f"{self.name}: metadata has no autoreset_mode; expected one of {[m.name for m in AutoresetMode]}, "
+                "since it decides where final observations are. Set metadata['autoreset_mode'] in its class."
             ) from None
         self.num_envs: int = envs.num_envs
         self.observation_space = envs.single_observation_space

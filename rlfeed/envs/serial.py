@@ -87,9 +87,8 @@ class SerialEnvs:
         terminated = check_flags("terminated", terminated, self._where)
         truncated = check_flags("truncated", truncated, self._where)
         successor = observation = self._check.stack(observations, self._where)
-        ended = terminated | truncated
-        if ended.any():
-            rows = [int(row) for row in np.flatnonzero(ended)]
+        rows = np.flatnonzero(terminated | truncated).tolist()
+        if rows:
             observation, infos = self._with_firsts(successor, list(infos), rows)
         mask = self._masks(infos, range(self.num_envs)) if self._masked else None
         return Outcome(successor, reward, terminated, truncated, Ready(self._ids, observation, mask))

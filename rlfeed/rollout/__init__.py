@@ -1,6 +1,7 @@
 """Rollouts: iterators that feed a model's outputs back as its next inputs."""
 
 from rlfeed.rollout.actions import Actions
+from rlfeed.rollout.feedback import Feedback
 from rlfeed.rollout.policy import EpsilonGreedy, FunctionPolicy, ModulePolicy, adapt
 from rlfeed.rollout.rollout import Rollout
 from rlfeed.rollout.statistics import EpisodeRecord, EpisodeStatistics
@@ -10,6 +11,7 @@ __all__ = [
     "EpisodeRecord",
     "EpisodeStatistics",
     "EpsilonGreedy",
+    "Feedback",
     "FunctionPolicy",
     "ModulePolicy",
     "Rollout",

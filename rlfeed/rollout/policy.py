@@ -62,6 +62,8 @@ class ModulePolicy:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
+        self._parts = list(module.modules())
+        self._parameter = next(module.parameters(), None)
         self._recurrent = hasattr(module, "initial_carry")
 
     def initial_carry(self, num_envs: int) -> Nest:
@@ -91,24 +93,23 @@ class ModulePolicy:
             Actions and extras as arrays, the carry as tensors.
         """
         device = self._device()
-        training = [part for part in self._module.modules() if part.training]
-        for part in training:
-            part.training = False
+        training = [part for part in self._parts if part.training]
+        for part in training:  # module.eval() costs as much as a small network, and forgets which parts trained
+            object.__setattr__(part, "training", False)
         try:
             with torch.inference_mode():
                 tensors = map_nest(lambda leaf: torch.from_numpy(leaf).to(device), observation)
                 out = self._module(tensors, carry, context) if self._recurrent else self._module(tensors)
         finally:
             for part in training:
-                part.training = True
+                object.__setattr__(part, "training", True)
         if not isinstance(out, PolicyOutput):
             out = PolicyOutput(out)
         return PolicyOutput(map_nest(to_numpy, out.action), out.carry, map_nest(to_numpy, out.extras))
 
     def _device(self) -> torch.device:
         # Asked for in every call: the module may be moved between two steps.
-        parameter = next(self._module.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
+        return torch.device("cpu") if self._parameter is None else self._parameter.device
 
 
 class EpsilonGreedy:

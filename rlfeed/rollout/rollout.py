@@ -105,7 +105,7 @@ class Rollout:
         carry = take(self._carry, ids, num_envs)
         prev_action = take(self._prev_action, ids, num_envs)
         prev_reward = take(self._prev_reward, ids, num_envs)
-        if is_first.any():
+        if self._any_first:
             carry = reset_rows(carry, is_first, self._initial)
             prev_action = reset_rows(prev_action, is_first, self._actions.zeros(1))
             prev_reward = np.where(is_first, np.float32(0), prev_reward)
@@ -139,12 +139,14 @@ class Rollout:
         if outcome.lost is not None:
             ended = ended | outcome.lost
         self.env_steps += len(ids) if outcome.lost is None else len(ids) - int(outcome.lost.sum())
-        any_ended = bool(ended.any())
+        # Where no episode ended, what to act on is what came back: the contract spares a reduction in every step.
+        any_ended = outcome.lost is not None or outcome.ready.observation is not outcome.next_observation
         self.statistics.update(ids, outcome.reward, ended if any_ended else None, outcome.lost, self.env_steps)
         self._is_first = put(self._is_first, ids, ended, num_envs)
         self._carry = put(self._carry, ids, out.carry, num_envs)
         self._prev_action = put(self._prev_action, ids, action, num_envs)
         self._prev_reward = put(self._prev_reward, ids, reward, num_envs)
+        self._any_first = any_ended
         if any_ended:
             self._next_episodes[ids[ended]] += 1
         self._ready = outcome.ready
@@ -290,6 +292,7 @@ class Rollout:
 
     def _begin(self) -> Ready:
         self.restart()
+        self._any_first = True
         self._carry = self.policy.initial_carry(self.num_envs)
         self._prev_action = self._actions.zeros(self.num_envs)
         self._prev_reward = np.zeros(self.num_envs, np.float32)

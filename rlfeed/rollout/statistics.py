@@ -79,8 +79,12 @@ class EpisodeStatistics:
             lost: True where the environment was lost: the step and its episode do not count; None: nowhere.
             env_steps: The run's env steps, this one included.
         """
-        self._returns[env_ids] += reward
-        self._lengths[env_ids] += 1
+        if len(env_ids) == len(self._returns):
+            self._returns += reward
+            self._lengths += 1
+        else:
+            self._returns[env_ids] += reward
+            self._lengths[env_ids] += 1
         if lost is not None:
             self.discard(env_ids[lost])
             self.lost += int(lost.sum())

@@ -59,10 +59,10 @@ def episode_batch(rows: Sequence[tuple[Step, int]]) -> Batch:
     last, last_row = rows[-1]
 
     def series(field: str) -> Nest:
-        return _tensors(stack([map_nest(lambda leaf: to_numpy(leaf)[row], getattr(step, field)) for step, row in rows]))
+        return _tensors(stack([_row(getattr(step, field), row) for step, row in rows]))
 
-    observations = [map_nest(lambda leaf, row=row: leaf[row], step.observation) for step, row in rows]
-    observations.append(map_nest(lambda leaf: leaf[last_row], last.next_observation))
+    observations = [_row(step.observation, row) for step, row in rows]
+    observations.append(_row(last.next_observation, last_row))
     action = series("action")
     everywhere = torch.ones(1, len(rows), dtype=torch.bool)
     first, first_row = rows[0]
@@ -122,6 +122,10 @@ def block_batch(steps: Sequence[Step], context: PolicyContext, ready: Ready) -> 
         final_index=torch.tensor(ends, dtype=torch.int64).reshape(-1, 2),
         extras=series("extras"),
     )
+
+
+def _row(nest: Nest, row: int) -> Nest:
+    return map_nest(lambda leaf: to_numpy(leaf)[row], nest)
 
 
 def _tensors(nest: Nest) -> Nest:

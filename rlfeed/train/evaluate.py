@@ -1,0 +1,83 @@
+"""Evaluation: whole episodes on environments of their own, a fixed number in each."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import VectorEnv
+from jaxtyping import Float64, Int64
+from numpy import ndarray
+
+from rlfeed.envs import Envs
+from rlfeed.errors import ConfigError
+from rlfeed.rollout import EpisodeRecord, Rollout
+from rlfeed.rollout.views import positive, quotas
+from rlfeed.types import Mode
+
+STREAM = 2  # evaluation plays other episodes than training of the same seed
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Evaluation:
+    """Hold what an evaluation found.
+
+    Args:
+        returns: ``[episodes]`` float64, undiscounted, ordered by episode and then by environment.
+        lengths: ``[episodes]`` int64, steps, in the same order.
+        mean: Of the returns.
+        std: Of the returns, over the episodes played (not an estimate beyond them).
+    """
+
+    returns: Float64[ndarray, " episodes"]
+    lengths: Int64[ndarray, " episodes"]
+    mean: float
+    std: float
+
+
+def evaluate(
+    envs: Envs | gymnasium.Env | VectorEnv,
+    policy: Any,
+    *,
+    episodes: int = 20,
+    seed: int = 0,
+    mode: Mode = "greedy",
+) -> Evaluation:
+    """Play whole episodes and report their returns.
+
+    The number of episodes is fixed for each environment beforehand: taking the first that end would prefer short
+    ones. The same seed plays the same episodes, which are not those that training with that seed plays.
+
+    Args:
+        envs: Environments that nobody else steps meanwhile; they stay open.
+        policy: A `Policy`, an ``nn.Module`` or a function ``observation -> action``.
+        episodes: How many, over all environments, at least 1.
+        seed: At least 0.
+        mode: How the policy acts.
+
+    Returns:
+        Returns and lengths of all episodes.
+
+    Raises:
+        ConfigError: If an argument is wrong.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"evaluate: seed is {seed!r}; expected an integer of at least 0.")
+    own_seed = int(np.random.SeedSequence(seed, spawn_key=(STREAM,)).generate_state(1, np.uint64)[0])
+    rollout = Rollout(envs, policy, seed=own_seed, mode=mode)
+    quota = quotas(positive("evaluate: episodes", episodes), rollout.num_envs, per_env=False)
+    played: list[list[EpisodeRecord]] = [[] for _ in quota]
+    for _ in rollout:
+        for record in rollout.statistics.finished:
+            played[record.env_id].append(record)
+        if all(len(records) >= enough for records, enough in zip(played, quota, strict=True)):
+            break
+    counted = [
+        records[number]
+        for number in range(max(quota))
+        for records, enough in zip(played, quota, strict=True)
+        if number < enough
+    ]
+    returns = np.array([record.total_reward for record in counted])
+    lengths = np.array([record.length for record in counted], np.int64)
+    return Evaluation(returns, lengths, float(returns.mean()), float(returns.std()))
