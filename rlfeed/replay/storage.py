@@ -170,14 +170,14 @@ class Storage:
                 "(an episode of n steps takes n + 1 rows). Raise capacity, or lower num_envs."
             )
         self.lanes, self.rows, self.entries = lanes, rows, rows // 2 + 2
-        self.fields = fields
+        self.fields = {**fields, "reward": REWARD}
         self._place()
         self.memory = Memory(kind, self.nbytes, path)
         self._bind()
 
     def _place(self) -> None:
         small, large = [], []
-        for name, nest in (self.fields | {"reward": REWARD}).items():
+        for name, nest in self.fields.items():
             for path, spec in leaves(nest):
                 (large if spec.nbytes >= LARGE_BYTES else small).append((name, path, spec))
         small.sort(key=lambda field: -field[2].dtype.itemsize)  # largest alignment first: no holes

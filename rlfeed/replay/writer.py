@@ -1,17 +1,21 @@
 """From a `Step` to rows: check every field at the boundary, then one kernel call writes all lanes."""
 
-from typing import Any
-
+import ctypes
 import numpy as np
 
 from rlfeed.errors import FieldError, LaneError
-from rlfeed.nest import Nest, Path, describe, leaves
+from rlfeed.nest import Path, build, describe
 from rlfeed.replay import kernels as k
-from rlfeed.replay.storage import Column, Storage
+from rlfeed.replay.storage import Storage
 from rlfeed.types import Step
 
-_BOOL = np.dtype(bool)
-_INT64 = np.dtype(np.int64)
+_BOOL, _INT64, _FLOAT32 = np.dtype(bool), np.dtype(np.int64), np.dtype(np.float32)
+# NumPy's C ABI: an array object is the object head, then the pointer to its data. The kernel follows that pointer
+# itself, which costs nothing; asking Python for it (array.ctypes.data) costs 0.7 us an array, more than all the rest.
+_POINTER = object.__basicsize__
+_probe = np.empty(1)
+if ctypes.c_void_p.from_address(id(_probe) + _POINTER).value != _probe.ctypes.data:
+    raise ImportError("rlfeed.replay: this NumPy lays out its arrays in a way that rlfeed does not know. Use NumPy 1.26 to 2.x.")
 
 
 class StepWriter:
@@ -23,16 +27,21 @@ class StepWriter:
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self._lanes = np.arange(storage.lanes)
         opening = storage.columns_of("observation")
-        inputs = [(column, "next_observation", k.ROLE_SUCCESSOR) for column in opening]
+        written = [("next_observation", column, k.ROLE_SUCCESSOR) for column in opening]
         for name in ("action", "reward", "carry", "extras"):
-            columns = [storage.column("reward")] if name == "reward" else storage.columns_of(name)
-            inputs += [(column, name, k.ROLE_STEP) for column in columns]
-        self._opening_columns = opening
-        self._inputs = [(column, name) for column, name, _ in inputs]
-        self._table = storage.table([(column, role) for column, _, role in inputs])
-        self._opening_table = storage.table([(column, k.ROLE_STEP) for column in opening])
+            written += [(name, column, k.ROLE_STEP) for column in storage.columns_of(name)]
+        self._fields = storage.table([(column, role) for _, column, role in written])
+        self._opening = storage.table([(column, k.ROLE_STEP) for column in opening])
+        self._fields[:, k.OTHER] = np.arange(len(written))
+        self._opening[:, k.OTHER] = np.arange(len(opening)) + len(written)
+        self._declared = [(name, column.path, column.spec.shape, column.spec.dtype) for name, column, _ in written]
+        self._declared += [("observation", column.path, column.spec.shape, column.spec.dtype) for column in opening]
+        self._declared += [("env_ids", (), (), _INT64)]
+        self._declared += [(name, (), (), _BOOL) for name in ("is_first", "terminated", "truncated", "lost")]
+        self._inputs = np.zeros(len(self._declared), np.int64)
+        self._expected: dict[int, list[tuple[str, Path, tuple[int, ...], np.dtype]]] = {}
+        self._lanes: dict[int, np.ndarray] = {}
 
     def write(self, step: Step) -> np.ndarray:
         """Check a step and store it.
@@ -47,64 +56,73 @@ class StepWriter:
             FieldError: If a field does not fit; all findings at once.
             LaneError: If a row does not continue its lane.
         """
-        arrays = self._arrays(step)
-        count = len(arrays["reward", ()])
+        count = len(step.reward)
+        inputs = self._point(step, count)
+        if inputs is None:
+            step = self._fit(step, count)  # alive until the kernel has read it
+            inputs = self._point(step, count)
+        self._inputs[:] = inputs
         ids = np.empty(count, np.int64)
-        lanes, first, lost = arrays["env_ids", ()], arrays["is_first", ()], arrays.get(("lost", ()))
-        lanes_at, first_at, lost_at = _address(lanes), _address(first), 0 if lost is None else _address(lost)
-        wrong = k.check_step(self._storage.plan, count, lanes_at, first_at, lost_at)
-        if wrong >= 0:
-            raise self._lane_error(int(wrong), lanes)
-        for line, (column, name) in zip(self._table, self._inputs, strict=True):
-            line[k.OTHER] = _address(arrays[name, column.path])
-        if first.any():
-            for line, column in zip(self._opening_table, self._opening_columns, strict=True):
-                line[k.OTHER] = _address(arrays["observation", column.path])
-        k.write_step(
-            self._storage.plan, self._table, self._opening_table, count, lanes_at, first_at,
-            _address(arrays["terminated", ()]), _address(arrays["truncated", ()]), lost_at, _address(ids),
-        )  # fmt: skip
+        fault = k.write_step(self._storage.plan, self._fields, self._opening, self._inputs, count, ids)
+        if fault >= 0:
+            raise self._lane_error(int(fault), step.env_ids)
         return ids
 
-    def _arrays(self, step: Step) -> dict[tuple[str, Path], np.ndarray]:
-        count, wrong = len(step.reward), []
-        arrays: dict[tuple[str, Path], np.ndarray] = {}
-        given: dict[str, Nest] = {
-            "observation": step.observation,
-            "next_observation": step.next_observation,
-            "action": step.action,
-            "carry": step.carry,
-            "extras": step.extras,
-        }
-        for name, nest in given.items():
-            columns = self._storage.columns_of("observation" if name == "next_observation" else name)
-            found = dict(leaves(nest)) if columns else {}
-            for column in columns:
-                if column.path not in found:
-                    wrong.append(f"{describe(name, column.path)} is missing")
-                    continue
-                fitted = _fit(found[column.path], (count, *column.spec.shape), column.spec.dtype)
-                if isinstance(fitted, str):
-                    wrong.append(f"{describe(name, column.path)} {fitted}")
-                else:
-                    arrays[name, column.path] = fitted
-        flags = {"terminated": step.terminated, "truncated": step.truncated, "is_first": step.is_first, "lost": step.lost}
-        plain = [(name, value, _BOOL) for name, value in flags.items() if value is not None]
-        plain.append(("env_ids", self._lanes[:count] if step.env_ids is None else step.env_ids, _INT64))
-        plain.append(("reward", np.asarray(step.reward, np.float32), np.dtype(np.float32)))
-        for name, value, dtype in plain:
-            fitted = _fit(value, (count,), dtype)
-            if isinstance(fitted, str):
-                wrong.append(f"{name} {fitted}")
+    def _point(self, step: Step, count: int) -> list[int] | None:
+        """Point at every input, or give None where one is not exactly what its column stores."""
+        expected = self._expected.get(count)
+        if expected is None:
+            expected = [(name, path, (count, *shape), dtype) for name, path, shape, dtype in self._declared]
+            self._expected[count], self._lanes[count] = expected, np.arange(count)
+        inputs = []
+        for name, path, shape, dtype in expected:
+            value = getattr(step, name)
+            try:
+                for part in path:
+                    value = value[part]
+            except (KeyError, IndexError, TypeError):
+                return None
+            if value is None and name in ("env_ids", "lost"):
+                inputs.append(0 if name == "lost" else id(self._lanes[count]) + _POINTER)
+            elif (
+                type(value) is np.ndarray
+                and value.shape == shape
+                and value.dtype == dtype
+                and value.flags.c_contiguous
+            ):
+                inputs.append(id(value) + _POINTER)
             else:
-                arrays[name, ()] = fitted
+                return None
+        return inputs
+
+    def _fit(self, step: Step, count: int) -> Step:
+        """Bring a step into the shapes and dtypes of the columns, without loss, or say everything that is wrong."""
+        wrong: list[str] = []
+        fitted: dict[str, list[tuple[Path, np.ndarray]]] = {}
+        for name, path, shape, dtype in self._expected[count]:
+            value = getattr(step, name)
+            if value is None and name in ("env_ids", "lost"):
+                continue
+            try:
+                for part in path:
+                    value = value[part]
+            except (KeyError, IndexError, TypeError):
+                wrong.append(f"{describe(name, path)} is missing")
+                continue
+            array = np.asarray(value)
+            if array.shape != shape:
+                wrong.append(f"{describe(name, path)} has shape {array.shape}; expected {shape}")
+            elif name != "reward" and not np.can_cast(array.dtype, dtype, "safe"):
+                wrong.append(f"{describe(name, path)} has dtype {array.dtype}; expected {dtype}")
+            else:
+                fitted.setdefault(name, []).append((path, np.ascontiguousarray(array, dtype).reshape(shape)))
         if wrong:
             raise FieldError("ReplayBuffer.add: " + "; ".join(wrong) + ". Nothing was stored.")
-        return arrays
+        return Step(**{name: build(pairs) for name, pairs in fitted.items()})
 
-    def _lane_error(self, code: int, lanes: np.ndarray) -> LaneError:
-        row, cause = divmod(code, 4)
-        lane = lanes[row]
+    def _lane_error(self, fault: int, env_ids: np.ndarray | None) -> LaneError:
+        row, cause = divmod(fault, 4)
+        lane = row if env_ids is None else env_ids[row]
         reason = (
             f"has {lane}; expected 0 .. {self._storage.lanes - 1}",
             f"has {lane} twice; expected each environment once in a step",
@@ -112,19 +130,3 @@ class StepWriter:
             "step after an end. Set is_first where an episode begins",
         )[cause]
         return LaneError(f"ReplayBuffer.add: row {row}: env_ids {reason}. Nothing was stored.")
-
-
-def _fit(value: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | str:
-    """Give the value as a dense array of this shape and dtype, or say why it cannot be without loss."""
-    array = value if type(value) is np.ndarray else np.asarray(value)
-    if array.shape != shape:
-        return f"has shape {array.shape}; expected {shape}"
-    if array.dtype != dtype:
-        if not np.can_cast(array.dtype, dtype, "safe"):
-            return f"has dtype {array.dtype}; expected {dtype}"
-        return array.astype(dtype)
-    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
-
-
-def _address(array: np.ndarray) -> int:
-    return array.__array_interface__["data"][0]
