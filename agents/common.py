@@ -58,8 +58,8 @@ def mlp(inputs: int, widths: Sequence[int], generator: torch.Generator) -> nn.Se
 class Encoder(nn.Module):
     """Turn a nested observation into one vector of features per row.
 
-    A leaf is read by its space: a uint8 Box ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]`` is an image, scaled to
-    [0, 1] by its upper bound and reduced by strided convolutions; any other Box and MultiBinary are flattened; Discrete and
+    A leaf is read by its space: a uint8 Box ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]`` is an image, scaled to [0, 1]
+    by its upper bound and reduced by strided convolutions; any other Box and MultiBinary are flattened; Discrete and
     MultiDiscrete become one-hot vectors.
 
     Args:
@@ -160,9 +160,10 @@ class _OneHot(nn.Module):
         super().__init__()
         self.features = sum(sizes)
         first = torch.tensor([0, *sizes[:-1]]).cumsum(0)  # where each category's vector begins
+        self.offset: Tensor
         self.register_buffer("offset", first - torch.tensor(starts), persistent=False)
 
-    def forward(self, value: Int[Tensor, "B *entries"]) -> Float[Tensor, "B features"]:
+    def forward(self, value: Int[Tensor, "B ..."]) -> Float[Tensor, "B features"]:
         index = value.reshape(len(value), -1).long() + self.offset
         return torch.zeros(len(value), self.features, device=value.device).scatter_(1, index, 1.0)
 
@@ -185,7 +186,7 @@ class _Image(nn.Module):
         self.convolutions = nn.Sequential(*layers)
         self.features = channels * height * width
 
-    def forward(self, value: Int[Tensor, "B *shape"]) -> Float[Tensor, "B features"]:
+    def forward(self, value: Int[Tensor, "B ..."]) -> Float[Tensor, "B features"]:
         image = value.reshape(len(value), *self.shape).float() * self.scale
         if self.channels_last:
             image = image.permute(0, 3, 1, 2)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from agents.common import QNetwork
 from agents.config import AgentConfig, TrainConfig
-from rlfeed.errors import CheckpointError, ConfigError, SpaceError
+from rlfeed.errors import CheckpointError, ConfigError, FieldError, SpaceError
 from rlfeed.log import tags
 from rlfeed.nest import Nest, map_nest
 from rlfeed.replay import Transition
@@ -188,7 +188,12 @@ class DQN:
 
         Returns:
             R + discount * Q'(s', a'), where a' is greedy in Q (double) or in Q'.
+
+        Raises:
+            FieldError: If these are no transitions.
         """
+        if batch.discount is None or batch.next_observation is None:
+            raise FieldError("DQN: the batch has no discount or next_observation; expected batches of Transition.")
         next_values = self.target(batch.next_observation)
         chooser = self.network(batch.next_observation) if self.config.double else next_values
         bootstrap = next_values.gather(1, chooser.argmax(dim=1, keepdim=True)).squeeze(1)

@@ -16,14 +16,16 @@ sys.path.insert(0, str(CHECKOUT))  # agents/ lives in the checkout, not in site-
 from agents import PRESETS  # noqa: E402
 from agents.config import TrainConfig, from_dict  # noqa: E402
 from rlfeed.errors import ConfigError, RlfeedError, RunDirectoryError, suggest  # noqa: E402
+from rlfeed.train.evaluate import Evaluation  # noqa: E402
 from rlfeed.train.run import CONFIG, read_config  # noqa: E402
 
 DEFAULT_PRESET = "dqn"
+EVALUATION_ENVS = 5  # at most: enough to share the cost of a policy's calls
 KWARGS_FLAG = "--env.kwargs"
 REGISTRY = ConstructorRegistry()
 
 
-def parse(kind: Any, args: Sequence[str], *, default: Any, prog: str, description: str) -> Any:
+def parse(kind: Any, args: Sequence[str], *, prog: str, description: str, **default: Any) -> Any:
     """Read flags into a dataclass; exits where they are wrong or ask for help.
 
     Args:
@@ -32,12 +34,13 @@ def parse(kind: Any, args: Sequence[str], *, default: Any, prog: str, descriptio
         default: Its defaults, shown in the help.
         prog: What the help calls the script.
         description: What the help says first.
+        **default: ``default=`` an instance of ``kind`` whose values are the flags' defaults.
 
     Returns:
         An instance of ``kind``.
     """
     with REGISTRY:
-        return tyro.cli(kind, args=join_env_kwargs(args), default=default, prog=prog, description=description)
+        return tyro.cli(kind, args=join_env_kwargs(args), prog=prog, description=description, **default)
 
 
 def guarded(run: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
@@ -170,6 +173,18 @@ def load_config(run: Path) -> tuple[str, TrainConfig]:
     saved = read_config(run)
     preset, _ = split_preset([saved["preset"]])
     return str(preset), from_dict(PRESETS[str(preset)](), saved["config"], where=f"{run / CONFIG}: config")
+
+
+def summary(result: Evaluation) -> str:
+    """Say in one line what an evaluation found.
+
+    Args:
+        result: The evaluation.
+
+    Returns:
+        ``evaluation: mean 500.0 std 0.0 episodes 20``.
+    """
+    return f"evaluation: mean {result.mean:.1f} std {result.std:.1f} episodes {len(result.returns)}"
 
 
 @REGISTRY.primitive_rule

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import command_line
 import torch
-from command_line import DEFAULT_PRESET, PRESETS, find_run, guarded, load_config, split_preset
+from command_line import DEFAULT_PRESET, EVALUATION_ENVS, PRESETS, find_run, guarded, load_config, split_preset, summary
 
 from agents.config import TrainConfig, differences, to_dict
 from rlfeed.envs import Envs, make_envs
@@ -24,8 +24,6 @@ from rlfeed.train.evaluate import Evaluation, evaluate
 from rlfeed.train.interrupts import Interrupts
 from rlfeed.train.loop import Agent, OffPolicyLoop
 from rlfeed.train.run import RunDirectory, default_path, read_marker
-
-EVALUATION_ENVS = 5  # at most: enough to share the cost of the policy's calls
 
 # What may change when a run goes on: none of it is part of what has been learned.
 RESUMABLE = (
@@ -219,7 +217,7 @@ def _train(
         print(f"go on with: python scripts/train.py --resume {run.path}")
         return interrupts.exit_code
     print(f"run: {run.path}")
-    print(f"evaluation: {loop.evaluation}")
+    print(summary(loop.evaluation))
     print(f"curves: tensorboard --logdir {run.path}")
     return 0
 

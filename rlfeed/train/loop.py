@@ -8,7 +8,7 @@ What is done next depends on two counters alone, env_steps and updates, so a res
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -34,8 +34,15 @@ class Agent(Protocol):
     replay becomes: `Transition`, `Sequence` or `Episode`.
     """
 
-    policy: Policy
-    unit: Unit
+    @property
+    def policy(self) -> Policy:
+        """Give what acts."""
+        ...
+
+    @property
+    def unit(self) -> Unit:
+        """Give what a sample becomes."""
+        ...
 
     def learn(self, batch: Batch, *, env_steps: int) -> Mapping[str, Tensor]:
         """Take one optimiser step.
@@ -103,12 +110,11 @@ class LoopConfig:
     log_every: int = 1_000
 
     def __post_init__(self) -> None:
-        least = {name: 0 if name in ("learning_starts", "num_workers") else 1 for name in LoopConfig.__dataclass_fields__}
-        wrong = [
-            f"{name}: is {getattr(self, name)}; expected at least {low}."
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
+        wrong = []
+        for f in fields(LoopConfig):
+            value, least = getattr(self, f.name), 0 if f.name in ("learning_starts", "num_workers") else 1
+            if value < least:
+                wrong.append(f"{f.name}: is {value}; expected at least {least}.")
         if wrong:
             raise ConfigError(" ".join(wrong))
 
