@@ -14,7 +14,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from jaxtyping import Bool, Float64, Int64
 from numpy import ndarray
 
-from rlfeed.envs.boundary import REWARD_LIMIT, ObservationCheck, check_mask
+from rlfeed.envs.boundary import REWARD_LIMIT, ObservationCheck, stack_masks
 from rlfeed.envs.seeds import EPISODES_OPTION, episode_seed
 from rlfeed.errors import ConfigError, EnvContractError
 from rlfeed.nest import Nest, leaves, map_nest
@@ -128,15 +128,16 @@ class VectorEnvs:
                 "since it decides where final observations are. Set metadata['autoreset_mode'] in its class."
             ) from None
         self.num_envs: int = envs.num_envs
-        self.observation_space = envs.single_observation_space
-        self.action_space = envs.single_action_space
+        self.observation_space: Any = envs.single_observation_space
+        self.action_space: Any = envs.single_action_space
         self._envs, self._numbered = envs, numbered
         self._check = ObservationCheck(self.observation_space)
         self._all = np.arange(self.num_envs, dtype=np.int64)
         self._all.flags.writeable = False
         self._ids = self._all  # the rows that are ready
         self._resetting = np.zeros(self.num_envs, bool)  # rows whose next call is Gymnasium's reset, no step
-        self._observation: Nest = None
+        # Whoever else may write its next observations into these arrays, which the steps of a rollout must survive.
+        self._fresh = type(envs) in (SyncVectorEnv, AsyncVectorEnv) and bool(getattr(envs, "copy", False))
         self._last_action: Nest = None
         self._masked = False
 
@@ -154,10 +155,11 @@ class VectorEnvs:
             options = {EPISODES_OPTION: (seed, [int(n) for n in first_episodes])}
             observation, infos = self._envs.reset(options=options)
         else:
-            seeds = [episode_seed(seed, env_id, int(n)) for env_id, n in enumerate(first_episodes)]
-            many = isinstance(self._envs.unwrapped, SyncVectorEnv | AsyncVectorEnv)  # others take one seed for all
-            observation, infos = self._envs.reset(seed=seeds if many else seeds[0])
-        self._ids, self._observation = self._all, None
+            seeds: Any = [episode_seed(seed, env_id, int(n)) for env_id, n in enumerate(first_episodes)]
+            if not isinstance(self._envs.unwrapped, SyncVectorEnv | AsyncVectorEnv):
+                seeds = seeds[0]  # environments that are vectors by themselves take one seed for all
+            observation, infos = self._envs.reset(seed=seeds)
+        self._ids = self._all
         self._resetting = np.zeros(self.num_envs, bool)
         self._masked = "action_mask" in infos
         return self._ready(self._own(observation), infos)
@@ -210,7 +212,7 @@ class VectorEnvs:
         mask = None
         if self._masked:
             given = infos.get("action_mask", [None] * self.num_envs)
-            mask = np.stack([check_mask(m, int(self.action_space.n), self._where(i)) for i, m in enumerate(given)])
+            mask = stack_masks(given, self.action_space, self._where)
         if not self._resetting.any():
             self._ids = self._all
             return Ready(self._all, observation, mask)
@@ -246,13 +248,7 @@ class VectorEnvs:
 
     def _own(self, observation: Nest) -> Nest:
         observation = self._check.batch(observation, self._where)
-        if self._observation is not None and any(
-            np.may_share_memory(new, old)
-            for (_, new), (_, old) in zip(leaves(observation), leaves(self._observation), strict=True)
-        ):
-            observation = map_nest(np.copy, observation)
-        self._observation = observation
-        return observation
+        return observation if self._fresh else map_nest(np.copy, observation)
 
     def _where(self, row: int) -> str:
         return f"{self.name}: env {row} of {self.num_envs}"

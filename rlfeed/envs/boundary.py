@@ -122,29 +122,36 @@ def check_flags(name: str, values: Sequence[Any], where: Where) -> Bool[ndarray,
     return np.array(values, bool)
 
 
-def check_mask(mask: Any, actions: int, where: str) -> Bool[ndarray, " A"]:
-    """Check an action mask that came in an info.
+def stack_masks(masks: Sequence[Any], action_space: Any, where: Where) -> Bool[ndarray, "k A"]:
+    """Check the action masks that came in infos, and put them side by side.
 
     Args:
-        mask: What the environment gave; None where it gave none.
-        actions: The number of actions, A.
-        where: Where it comes from, for the error.
+        masks: One per row; None where the environment gave none.
+        action_space: Of one environment.
+        where: Says where a row comes from, for errors.
 
     Returns:
-        ``[A]`` bool, True = allowed.
+        ``[k, A]``, True = allowed.
 
     Raises:
-        EnvContractError: If it is missing, of another shape, or allows nothing.
+        EnvContractError: If the action space is not Discrete, or a mask is missing, of another shape, or all False.
     """
-    given = None if mask is None else np.asarray(mask)
-    if given is None or given.shape != (actions,) or given.dtype.kind not in "biu":
-        shape = "missing" if given is None else f"{given.dtype} of shape {given.shape}"
+    actions = int(getattr(action_space, "n", 0)) if type(action_space).__name__ == "Discrete" else 0
+    if not actions:
         raise EnvContractError(
-            f'{where}: info["action_mask"] is {shape}; expected bool of shape ({actions},), in every reset and step.'
+            f'{where(0)}: info has an "action_mask" but the action space is {action_space}; expected Discrete. '
+            "Leave the mask out."
         )
-    if not given.any():
-        raise EnvContractError(f'{where}: info["action_mask"] allows no action; expected at least one True.')
-    return given.astype(bool)
+    out = np.empty((len(masks), actions), bool)
+    for row, mask in enumerate(masks):
+        given = np.asarray(mask)
+        if mask is None or given.shape != (actions,) or given.dtype.kind not in "biu" or not given.any():
+            raise EnvContractError(
+                f'{where(row)}: info["action_mask"] is {mask}; expected {actions} booleans, at least one True, in the '
+                "info of every reset and step. Give one for each action."
+            )
+        out[row] = given
+    return out
 
 
 def _is_real(value: Any) -> bool:
@@ -212,7 +219,7 @@ def _batch(tree: Nest, values: Any, where: Where, path: Path = ()) -> Nest:
             raise _keys_error(tree, values, where(0), path)
         return tuple(_batch(part, values[i], where, (*path, i)) for i, part in enumerate(tree))
     if type(values) is not ndarray or values.dtype != tree.dtype or values.shape[1:] != tree.shape:
-        return _stack_leaf(tree, values, where)
+        return _stack_leaf(tree, list(values), where)
     _check_values(tree, values, where)
     return values
 

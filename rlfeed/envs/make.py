@@ -1,5 +1,6 @@
 """Make environments that a `Rollout` can step: `make_envs`."""
 
+import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -55,7 +56,8 @@ def make_envs(
         kwargs: Arguments of the constructor.
         wrappers: Functions from environment to environment, applied in order.
         mode: ``"serial"`` steps them in this process (``"auto"`` is that), ``"sync"`` and ``"async"`` through
-            Gymnasium's vector environments, the latter with one process each.
+            Gymnasium's vector environments, the latter with one process each (never forked, so that a script that
+            uses it needs ``if __name__ == "__main__":``).
         autoreset: How Gymnasium's vector environments reset; what comes out is the same.
 
     Returns:
@@ -81,7 +83,9 @@ def make_envs(
         return SerialEnvs([source() for _ in range(num_envs)], source.name)
     makers = [_NumberedSource(source, env_id, num_envs) for env_id in range(num_envs)]
     if mode == "async":
-        return VectorEnvs(AsyncVectorEnv(makers, autoreset_mode=AUTORESETS[autoreset]), source.name, numbered=True)
+        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        workers = AsyncVectorEnv(makers, context=method, autoreset_mode=AUTORESETS[autoreset])
+        return VectorEnvs(workers, source.name, numbered=True)
     vector = SyncVectorEnv(makers, autoreset_mode=AUTORESETS[autoreset])
     check_distinct(source.name, vector.envs)
     return VectorEnvs(vector, source.name, numbered=True)

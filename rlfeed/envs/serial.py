@@ -5,11 +5,9 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from jaxtyping import Bool
-from numpy import ndarray
 
 from rlfeed.envs.autoreset import Outcome, Ready
-from rlfeed.envs.boundary import ObservationCheck, check_flags, check_mask, check_rewards
+from rlfeed.envs.boundary import ObservationCheck, check_flags, check_rewards, stack_masks
 from rlfeed.envs.seeds import episode_seed
 from rlfeed.errors import ConfigError, EnvContractError, EnvFailedError
 from rlfeed.nest import Nest, leaves, map_nest
@@ -58,10 +56,9 @@ class SerialEnvs:
             The first observations, of all environments.
         """
         self._seed, self._episodes = seed, [int(n) for n in first_episodes]
-        rows = range(self.num_envs)
-        observations, infos = self._begin(rows)
+        observations, infos = self._begin(range(self.num_envs))
         self._masked = any("action_mask" in info for info in infos)
-        return Ready(self._ids, self._check.stack(observations, self._where), self._masks(infos, rows))
+        return self._ready(self._check.stack(observations, self._where), infos)
 
     def step(self, action: Nest) -> Outcome:
         """Take one step in every environment, and begin new episodes where one ended.
@@ -90,13 +87,18 @@ class SerialEnvs:
         rows = np.flatnonzero(terminated | truncated).tolist()
         if rows:
             observation, infos = self._with_firsts(successor, list(infos), rows)
-        mask = self._masks(infos, range(self.num_envs)) if self._masked else None
-        return Outcome(successor, reward, terminated, truncated, Ready(self._ids, observation, mask))
+        return Outcome(successor, reward, terminated, truncated, self._ready(observation, infos))
 
     def close(self) -> None:
         """Close every environment."""
         for env in self._envs:
             env.close()
+
+    def _ready(self, observation: Nest, infos: Sequence[Any]) -> Ready:
+        if not self._masked:
+            return Ready(self._ids, observation)
+        masks = [info.get("action_mask") for info in infos]
+        return Ready(self._ids, observation, stack_masks(masks, self.action_space, self._where))
 
     def _with_firsts(self, successor: Nest, infos: list[Any], rows: list[int]) -> tuple[Nest, list[Any]]:
         for row in rows:
@@ -127,17 +129,6 @@ class SerialEnvs:
             observations.append(result[0])
             infos.append(result[1])
         return observations, infos
-
-    def _masks(self, infos: Sequence[Any], rows: Sequence[int]) -> Bool[ndarray, "N A"] | None:
-        if not self._masked:
-            return None
-        actions = int(self.action_space.n) if isinstance(self.action_space, gymnasium.spaces.Discrete) else 0
-        if not actions:
-            raise EnvContractError(
-                f'{self.name}: info has an "action_mask" but the action space is {self.action_space}; expected '
-                "Discrete. Leave the mask out."
-            )
-        return np.stack([check_mask(infos[row].get("action_mask"), actions, self._where(row)) for row in rows])
 
     def _where(self, row: int) -> str:
         return (

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import gymnasium
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from rlfeed.errors import ConfigError, EnvMakeError, EnvNotFoundError, suggest
 
@@ -106,17 +107,17 @@ class EnvSource:
         return _from_module(module, place, attribute)
 
     def _build(self, maker: Any) -> gymnasium.Env:
-        if not isinstance(maker, gymnasium.envs.registration.EnvSpec):
+        if not isinstance(maker, EnvSpec):
             return maker(**self.kwargs)
         # Gymnasium's checkers cost half of a CartPole step and only warn; what comes out is checked by rlfeed itself.
         return gymnasium.make(dataclasses.replace(maker, order_enforce=False), disable_env_checker=True, **self.kwargs)
 
     def _check_kwargs(self, maker: Any) -> None:
         function, extra = maker, ()
-        if isinstance(maker, gymnasium.envs.registration.EnvSpec):
+        if isinstance(maker, EnvSpec):
             entry = maker.entry_point
             try:
-                function = gymnasium.envs.registration.load_env_creator(entry) if isinstance(entry, str) else entry
+                function = load_env_creator(entry) if isinstance(entry, str) else entry
             except ImportError:
                 return  # gymnasium.make raises the same, with its hint what to install
             extra = (*GYMNASIUM_KWARGS, *maker.kwargs)
@@ -189,7 +190,7 @@ def _import(name: str) -> ModuleType:
         raise EnvMakeError(_import_failed(name, error)) from error
 
 
-def _registered(env_id: str) -> gymnasium.envs.registration.EnvSpec:
+def _registered(env_id: str) -> EnvSpec:
     try:
         return gymnasium.spec(env_id)
     except gymnasium.error.Error as error:

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from rlfeed.errors import ConfigError, PolicyError
-from rlfeed.nest import Nest, map_nest
+from rlfeed.errors import ConfigError, FieldError, PolicyError
+from rlfeed.nest import Nest, describe, leaves, map_nest
 from rlfeed.rollout.actions import Actions
 from rlfeed.rollout.rows import put, to_numpy
 from rlfeed.types import Policy, PolicyContext, PolicyOutput
@@ -105,7 +106,7 @@ class ModulePolicy:
                 object.__setattr__(part, "training", True)
         if not isinstance(out, PolicyOutput):
             out = PolicyOutput(out)
-        return PolicyOutput(map_nest(to_numpy, out.action), out.carry, map_nest(to_numpy, out.extras))
+        return PolicyOutput(map_nest(to_numpy, out.action), out.carry, out.extras)
 
     def _device(self) -> torch.device:
         # Asked for in every call: the module may be moved between two steps.
@@ -200,13 +201,16 @@ def adapt(policy: Any) -> Policy:
     return policy if isinstance(policy, Policy) else FunctionPolicy(policy)
 
 
-def check_output(out: Any, carry: Nest, rows: int) -> None:
+def check_output(out: Any, carry: Nest, rows: int) -> PolicyOutput:
     """Check the parts of a policy's output that have no space: carry and extras.
 
     Args:
         out: What the policy returned.
         carry: What it was given.
         rows: k.
+
+    Returns:
+        The output, its extras as arrays of their own.
 
     Raises:
         PolicyError: If it is no `PolicyOutput`, or the carry's structure or an array's rows differ.
@@ -215,19 +219,27 @@ def check_output(out: Any, carry: Nest, rows: int) -> None:
         raise PolicyError(
             f"policy: returned a {type(out).__name__}; expected a PolicyOutput. Return PolicyOutput(action, carry)."
         )
-    if carry == () and out.carry == () and not out.extras:
-        return
+    try:
+        same = map_nest(lambda new, old: new.shape == old.shape, out.carry, carry)
+    except (FieldError, AttributeError):
+        same = False
+    if not all(fits for _, fits in leaves(same)):
+        raise PolicyError(
+            f"policy: returned a carry of {_outline(out.carry)} where it was given {_outline(carry)}; expected the "
+            "same structure and shapes. Return the carry after the observation."
+        )
+    if not out.extras:
+        return out
+    extras = map_nest(lambda leaf: np.array(to_numpy(leaf)), out.extras)
+    for path, leaf in leaves(extras):
+        if leaf.shape[:1] != (rows,):
+            raise PolicyError(
+                f"policy: {describe('extras', path)} has shape {leaf.shape}; expected a leading axis of {rows}, one "
+                "row per environment."
+            )
+    return PolicyOutput(out.action, out.carry, extras)
 
-    def check(name: str) -> Callable[..., None]:
-        def rows_of(leaf: Any, *before: Any) -> None:
-            shape, wanted = tuple(leaf.shape), tuple(before[0].shape) if before else (rows, *leaf.shape[1:])
-            if shape != wanted:
-                raise PolicyError(f"policy: {name} has shape {shape}; expected {wanted}, one row per environment.")
 
-        return rows_of
-
-    if out.carry == () and carry != ():
-        raise PolicyError("policy: returned no carry; expected the carry after the observation. Return it.")
-    map_nest(check("carry"), out.carry, carry, where="carry")
-    map_nest(check("extras"), out.extras)
-
+def _outline(carry: Nest) -> str:
+    parts = [f"{describe('carry', path)} {tuple(getattr(leaf, 'shape', ()))}" for path, leaf in leaves(carry)]
+    return ", ".join(parts) or "()"

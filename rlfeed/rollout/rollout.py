@@ -99,7 +99,7 @@ class Rollout:
         return self
 
     def __next__(self) -> Step:
-        ready = self._ready if self._ready is not None else self._begin()
+        ready = self._upcoming()
         ids, num_envs = ready.env_ids, self.num_envs
         is_first = take(self._is_first, ids, num_envs)
         carry = take(self._carry, ids, num_envs)
@@ -116,7 +116,7 @@ class Rollout:
             is_first, self._mode, ids, self.env_steps, prev_action, prev_reward, mask, self._generator
         )
         # The step keeps a copy of the carry: policies may update theirs in place.
-        kept = copy(carry) if carry != () else ()
+        kept = copy(carry)
         out = self._decide(ready.observation, carry, context)
         action = self._actions.fit(out.action, ids)
         self._ready = None  # an environment that raises is begun anew, at the next episode
@@ -288,7 +288,12 @@ class Rollout:
                     f"Rollout.blocks: {self.envs.name} skips rows after an episode's end (NEXT_STEP autoreset); "
                     "expected environments in step. Make them with autoreset='same_step' or 'disabled'."
                 )
-            yield block_batch(steps, context, self._ready)
+            yield block_batch(steps, context, self._upcoming())
+
+    def _upcoming(self) -> Ready:
+        if self._ready is None:
+            self._ready = self._begin()
+        return self._ready
 
     def _begin(self) -> Ready:
         self.restart()
@@ -302,8 +307,7 @@ class Rollout:
         drawn = self._mode == "random"
         if drawn and isinstance(self.policy, FunctionPolicy):
             return PolicyOutput(self._draw(context))
-        out = self.policy(observation, carry, context)
-        check_output(out, carry, len(context.env_ids))
+        out = check_output(self.policy(observation, carry, context), carry, len(context.env_ids))
         return PolicyOutput(self._draw(context), out.carry, out.extras) if drawn else out
 
     def _draw(self, context: PolicyContext) -> Nest:
