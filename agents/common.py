@@ -72,10 +72,10 @@ class Encoder(nn.Module):
 
     def __init__(self, space: spaces.Space, generator: torch.Generator) -> None:
         super().__init__()
-        specs.from_space(space, "observation space")  # refuses by name what has no array of one shape
+        specs.from_space(space, "observation_space")  # refuses by name what has no array of one shape
         parts = list(_leaf_spaces(space))
         self.paths = [path for path, _ in parts]
-        self.parts = nn.ModuleList(_part(part, describe("observation space", path), generator) for path, part in parts)
+        self.parts = nn.ModuleList(_part(part, describe("observation_space", path), generator) for path, part in parts)
         self.features = sum(int(part.features) for part in self.parts)  # pyright: ignore[reportArgumentType]
 
     def forward(self, observation: Nest) -> Float[Tensor, "B features"]:

@@ -128,7 +128,7 @@ class DQN:
     ) -> None:
         if not isinstance(action_space, spaces.Discrete):
             raise SpaceError(
-                f"action space: is {action_space}; DQN plays Discrete ones only. Use an agent for continuous actions, "
+                f"action_space: is {action_space}; DQN plays Discrete ones only. Use an agent for continuous actions, "
                 "or map a Discrete space onto this one in a wrapper."
             )
         self.config, self.device = config, device

@@ -4,7 +4,6 @@ Nothing is cast with a loss: integers are cast where every value survives, float
 float64 fits float32 would depend on the values that happen to come).
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -226,9 +225,6 @@ def _batch(tree: Nest, values: Any, where: Where, path: Path = ()) -> Nest:
 
 def _check_values(leaf: _Leaf, values: ndarray, where: Where) -> None:
     if leaf.may_be_infinite:
-        flat = values.reshape(-1)
-        if math.isfinite(np.dot(flat, flat)):  # half the price of isfinite().all(); overflow is looked into below
-            return
         fine = np.isfinite(values)
         wrong, rule = "not finite", "finite numbers"
     elif leaf.low is not None and leaf.high is not None:
@@ -236,7 +232,7 @@ def _check_values(leaf: _Leaf, values: ndarray, where: Where) -> None:
         wrong, rule = "outside its space", f"{leaf.low.tolist()} to {leaf.high.tolist()}"
     else:
         return
-    if not fine.all():
+    if np.count_nonzero(fine) < fine.size:  # a third of the price of fine.all()
         row, *index = (int(n) for n in np.argwhere(~fine)[0])
         value = values[(row, *index)]
         raise EnvContractError(

@@ -32,7 +32,9 @@ BASE, PITCH, NBYTES, OTHER, ROLE, FIELD_SIZE = range(6)
 # Roles of a field in a gather.
 ROLE_STEP, ROLE_OBSERVATION, ROLE_SUCCESSOR, ROLE_CARRY, ROLE_PREVIOUS = range(5)
 LANE_SHIFT = 44
+ROW_MASK = (1 << LANE_SHIFT) - 1
 TRIES = 64
+BLOCK = 64
 NO_START = -1
 FAR = 1 << 62
 
@@ -247,9 +249,15 @@ def below(bits: int, bound: int) -> int:
 
 
 @njit
+def slot_of(plan: np.ndarray, row: int) -> int:
+    """Give the place of an absolute row in its lane; unsigned division spares the sign's fix-up."""
+    return np.int64(np.uint64(row) % np.uint64(plan[ROWS]))
+
+
+@njit
 def record_of(plan: np.ndarray, lane: int, row: int) -> int:
     """Give the address of a row's record."""
-    return plan[RECORDS] + (lane * plan[ROWS] + row % plan[ROWS]) * plan[STRIDE]
+    return plan[RECORDS] + (lane * plan[ROWS] + slot_of(plan, row)) * plan[STRIDE]
 
 
 @njit
@@ -288,8 +296,10 @@ def first_row(plan: np.ndarray, lane: int, row: int) -> int:
     """Give the first row of the episode that ``row`` belongs to, or -1 where that row is no longer there."""
     ordinal = full_ordinal(plan, lane, record_of(plan, lane, row))
     first = entry_row(plan, lane, ordinal, row)
+    if first < 0:
+        return -1
     record = record_of(plan, lane, first)
-    if first < 0 or not load_u8(record + FLAGS) & FIRST or load_u32(record + ORDINAL) != np.uint32(ordinal):
+    if not load_u8(record + FLAGS) & FIRST or load_u32(record + ORDINAL) != np.uint32(ordinal):
         return -1
     return first
 
@@ -359,66 +369,66 @@ def starts_here(plan: np.ndarray, lane: int, row: int, limit: int, need: int, ba
 
 
 @njit
-def pick_row(
-    plan: np.ndarray, heads: np.ndarray, tails: np.ndarray, upto: np.ndarray, index: int, identity: int, limit: int
-) -> None:
-    """Turn an index among all candidate rows into an id: the first lane whose running count exceeds it."""
-    low, high = 0, len(upto) - 1
+def candidates(plan: np.ndarray, heads: np.ndarray, tails: np.ndarray, upto: np.ndarray) -> int:
+    """Snapshot every lane: its head, its oldest live row, and the running count of rows that may hold a step."""
+    total = 0
+    for lane in range(plan[LANES]):
+        heads[lane] = load_acquire(plan[COMMITTED] + lane * 8)
+        tails[lane] = max(0, load_acquire(plan[RESERVED] + lane * 8) - plan[ROWS])
+        total += max(0, heads[lane] - 1 - tails[lane])
+        upto[lane] = total
+    return total
+
+
+@njit
+def lane_of(upto: np.ndarray, index: int) -> int:
+    """Give the lane that holds candidate ``index``: at once where lanes are equally full, else by bisection."""
+    lanes, total = len(upto), upto[-1]
+    guess = min(lanes - 1, int(np.float64(index) * lanes / np.float64(total)))
+    if upto[guess] > index and (guess == 0 or upto[guess - 1] <= index):
+        return guess
+    low, high = 0, lanes - 1
     while low < high:
         middle = (low + high) >> 1
         if upto[middle] > index:
             high = middle
         else:
             low = middle + 1
-    row = heads[low] - 1 - (upto[low] - index)
-    store_i64(identity, (low << LANE_SHIFT) | row)
-    store_i64(limit, heads[low])
+    return low
 
 
 @njit
 def pick_by_count(
-    plan: np.ndarray,
-    heads: np.ndarray,
-    tails: np.ndarray,
-    bits: int,
-    need: int,
-    back: int,
-    strict: int,
-    identity: int,
-    limit: int,
-) -> bool:
-    """Count every valid start and take the one that the bits name: the bounded end of rejection."""
+    plan: np.ndarray, heads: np.ndarray, tails: np.ndarray, bits: int, need: int, back: int, strict: int
+) -> int:
+    """Count every valid start and give the id of the one that the bits name, or -1: the bounded end of rejection."""
     valid = 0
     for lane in range(len(heads)):
         for row in range(tails[lane], heads[lane] - 1):
             valid += starts_here(plan, lane, row, heads[lane], need, back, strict)
     if valid == 0:
-        return False
+        return -1
     wanted = below(bits, valid)
     for lane in range(len(heads)):
         for row in range(tails[lane], heads[lane] - 1):
             if starts_here(plan, lane, row, heads[lane], need, back, strict):
                 if wanted == 0:
-                    store_i64(identity, (lane << LANE_SHIFT) | row)
-                    store_i64(limit, heads[lane])
-                    return True
+                    return (lane << LANE_SHIFT) | row
                 wanted -= 1
-    return False  # rows that died between the two passes: the caller asks again
+    return -1  # rows died between the two passes: the caller asks again
 
 
-@kernel("int64(int64[::1], int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
+@kernel("int64(int64[::1], int64, int64, int64, int64, int64, int64, int64[::1], int64[::1])")
 def draw_steps(
     plan: np.ndarray,
     key: int,
     number: int,
-    count: int,
     attempt: int,
     need: int,
     back: int,
     strict: int,
-    ids: int,
-    limits: int,
-    touch: int,
+    ids: np.ndarray,
+    limits: np.ndarray,
 ) -> int:
     """Draw starts uniformly among the valid ones; draw ``number + i`` depends on its number and the rows alone.
 
@@ -426,64 +436,62 @@ def draw_steps(
         plan: The storage.
         key: Of seed, stream and rank.
         number: The first draw's number.
-        count: How many draws.
         attempt: The first attempt's number; above 0 only to repeat a draw that turned out torn.
         need: Steps a sample needs from its start on.
         back: Burn-in steps before it, or -1.
         strict: 1 where all ``need`` steps must be in the episode.
-        ids: Address of ``count`` int64: the ids drawn.
-        limits: Address of ``count`` int64: each lane's head at the draw.
-        touch: Bytes of a row to fetch ahead.
+        ids: ``[B]``: receives the ids drawn.
+        limits: ``[B]``: receives each lane's head at the draw.
 
     Returns:
-        How many were drawn: ``count``, or NO_START where no row is valid.
+        How many were drawn: B, or NO_START where no row is valid.
     """
-    lanes, rows = plan[LANES], plan[ROWS]
+    lanes, count = plan[LANES], len(ids)
     heads, tails, upto = np.empty(lanes, np.int64), np.empty(lanes, np.int64), np.empty(lanes, np.int64)
-    total = 0
-    for lane in range(lanes):
-        heads[lane] = load_acquire(plan[COMMITTED] + lane * 8)
-        tails[lane] = max(0, load_acquire(plan[RESERVED] + lane * 8) - rows)
-        total += max(0, heads[lane] - 1 - tails[lane])
-        upto[lane] = total
+    total = candidates(plan, heads, tails, upto)
     if total == 0:
         return NO_START
+    bits = np.empty(count, np.uint64)
+    for i in range(count):  # a loop of its own: it becomes vector code
+        bits[i] = philox(key, number + i, attempt)
     for i in range(count):
-        pick_row(plan, heads, tails, upto, below(philox(key, number + i, attempt), total), ids + i * 8, limits + i * 8)
-        record = record_of(plan, load_i64(ids + i * 8) >> LANE_SHIFT, load_i64(ids + i * 8) & ((1 << LANE_SHIFT) - 1))
-        for line in range(0, touch, 64):
-            prefetch(record + line)
+        index = below(bits[i], total)
+        lane = lane_of(upto, index)
+        row = heads[lane] - 1 - (upto[lane] - index)
+        ids[i], limits[i] = (lane << LANE_SHIFT) | row, heads[lane]
+        prefetch(record_of(plan, lane, row))
     for i in range(count):
-        for retry in range(1, TRIES + 1):
-            identity = load_i64(ids + i * 8)
-            lane, row = identity >> LANE_SHIFT, identity & ((1 << LANE_SHIFT) - 1)
-            if starts_here(plan, lane, row, load_i64(limits + i * 8), need, back, strict):
+        retry = 1
+        while not starts_here(plan, ids[i] >> LANE_SHIFT, ids[i] & ROW_MASK, limits[i], need, back, strict):
+            if retry == TRIES:
+                found = pick_by_count(plan, heads, tails, philox(key, number + i, attempt + TRIES), need, back, strict)
+                if found < 0:
+                    return NO_START
+                ids[i], limits[i] = found, heads[found >> LANE_SHIFT]
                 break
-            if retry < TRIES:
-                bits = philox(key, number + i, attempt + retry)
-                pick_row(plan, heads, tails, upto, below(bits, total), ids + i * 8, limits + i * 8)
-            elif not pick_by_count(
-                plan, heads, tails, philox(key, number + i, attempt + TRIES), need, back, strict, ids + i * 8, limits + i * 8
-            ):
-                return NO_START
+            index = below(philox(key, number + i, attempt + retry), total)
+            lane = lane_of(upto, index)
+            ids[i], limits[i] = (lane << LANE_SHIFT) | (heads[lane] - 1 - (upto[lane] - index)), heads[lane]
+            retry += 1
     return count
 
 
-@kernel("int64(int64[::1], int64, int64, int64, int64, int64, int64)")
-def draw_episodes(plan: np.ndarray, key: int, number: int, count: int, attempt: int, ids: int, limits: int) -> int:
+@kernel("int64(int64[::1], int64, int64, int64, int64[::1], int64[::1])")
+def draw_episodes(
+    plan: np.ndarray, key: int, number: int, attempt: int, ids: np.ndarray, limits: np.ndarray
+) -> int:
     """Draw whole episodes uniformly: ended or cut ones whose first row is live.
 
     Args:
         plan: The storage.
         key: Of seed, stream and rank.
         number: The first draw's number.
-        count: How many draws.
         attempt: The attempt's number.
-        ids: Address of ``count`` int64: ids of the episodes' first steps.
-        limits: Address of ``count`` int64: each lane's head at the draw.
+        ids: ``[B]``: receives the ids of the episodes' first steps.
+        limits: ``[B]``: receives each lane's head at the draw.
 
     Returns:
-        ``count``, or NO_START where no whole episode is stored.
+        B, or NO_START where no whole episode is stored.
     """
     lanes = plan[LANES]
     heads, oldest, upto = np.empty(lanes, np.int64), np.empty(lanes, np.int64), np.empty(lanes, np.int64)
@@ -494,22 +502,13 @@ def draw_episodes(plan: np.ndarray, key: int, number: int, count: int, attempt: 
         upto[lane] = total
     if total == 0:
         return NO_START
-    for i in range(count):
+    for i in range(len(ids)):
         index = below(philox(key, number + i, attempt), total)
-        lane = 0
-        low, high = 0, lanes - 1
-        while low < high:
-            middle = (low + high) >> 1
-            if upto[middle] > index:
-                high = middle
-            else:
-                low = middle + 1
-        lane = low
+        lane = lane_of(upto, index)
         ordinal = oldest[lane] + index - (upto[lane - 1] if lane > 0 else 0)
         row = entry_row(plan, lane, ordinal, heads[lane] - 1)
-        store_i64(ids + i * 8, (lane << LANE_SHIFT) | row)
-        store_i64(limits + i * 8, heads[lane])
-    return count
+        ids[i], limits[i] = (lane << LANE_SHIFT) | row, heads[lane]
+    return len(ids)
 
 
 @kernel("int64(int64[::1], int64[::1])")
@@ -535,6 +534,33 @@ def count_steps(plan: np.ndarray, out: np.ndarray) -> int:
             whole += max(0, newest - oldest + 1)
     out[0], out[1], out[2] = whole, live, inserted
     return steps
+
+
+@njit
+def sum_steps(
+    plan: np.ndarray, identity: int, limit: int, n_step: int, gamma: float, block: int, i: int, out: np.ndarray
+) -> int:
+    """Store what is computed for one transition, and give the place of the row after its last step."""
+    lane, row, rows = identity >> LANE_SHIFT, identity & ROW_MASK, plan[ROWS]
+    steps = 1
+    if n_step > 1:
+        steps = max(1, min(n_step, min(closing_row(plan, lane, row, limit), limit - 1) - row))
+    slot, base = slot_of(plan, row), lane * rows
+    total, weight, flags = np.float64(0.0), np.float64(1.0), np.uint8(0)
+    for _ in range(steps):
+        record = plan[RECORDS] + (base + slot) * plan[STRIDE]
+        total += weight * np.float64(load_f32(record + plan[REWARD]))
+        weight *= gamma
+        flags = load_u8(record + FLAGS)
+        slot = slot + 1 if slot + 1 < rows else 0
+    terminated = flags & TERMINATED != 0
+    store_f32(block + out[0] + i * 4, np.float32(total))
+    store_u8(block + out[1] + i, np.uint8(terminated))
+    store_u8(block + out[2] + i, np.uint8(flags & TRUNCATED != 0))
+    store_f32(block + out[3] + i * 4, np.float32(0.0) if terminated else np.float32(weight))
+    store_f32(block + out[4] + i * 4, np.float32(1.0))
+    store_i64(block + out[5] + i * 8, identity)
+    return base + slot
 
 
 @kernel("int64(int64[::1], int64[:, ::1], int64, int64[::1], int64[::1], float64, int64, int64[::1])")
@@ -564,50 +590,26 @@ def gather_transitions(
         The index of the first row that was overwritten meanwhile, or B.
     """
     mask = (1 << LANE_SHIFT) - 1
-    count, rows, stride, records = len(ids), plan[ROWS], plan[STRIDE], plan[RECORDS]
-    here, there = np.empty(count, np.int64), np.empty(count, np.int64)
-    for i in range(count):
-        identity = ids[i]
-        lane, row = identity >> LANE_SHIFT, identity & mask
-        steps = 1
-        if n_step > 1:
-            steps = max(1, min(n_step, min(closing_row(plan, lane, row, limits[i]), limits[i] - 1) - row))
-        slot = row % rows
-        last = slot + steps
-        here[i] = lane * rows + slot
-        there[i] = lane * rows + (last if last < rows else last - rows)
-        total, weight = np.float64(0.0), np.float64(1.0)
-        flags = np.uint8(0)
-        for j in range(steps):
-            step = slot + j
-            record = records + (lane * rows + (step if step < rows else step - rows)) * stride
-            total += weight * np.float64(load_f32(record + plan[REWARD]))
-            weight *= gamma
-            flags = load_u8(record + FLAGS)
-        terminated = flags & TERMINATED
-        store_f32(block + out[0] + i * 4, np.float32(total))
-        store_u8(block + out[1] + i, np.uint8(terminated != 0))
-        store_u8(block + out[2] + i, np.uint8(flags & TRUNCATED != 0))
-        store_f32(block + out[3] + i * 4, np.float32(0.0) if terminated else np.float32(weight))
-        store_f32(block + out[4] + i * 4, np.float32(1.0))
-        store_i64(block + out[5] + i * 8, identity)
-    for f in range(fields.shape[0]):
-        base, pitch, nbytes = fields[f, BASE], fields[f, PITCH], fields[f, NBYTES]
-        destination = block + fields[f, OTHER]
-        index = there if fields[f, ROLE] == ROLE_SUCCESSOR else here
-        if nbytes == 4:
-            for i in range(count):
-                store_u32(destination + i * 4, load_u32(base + index[i] * pitch))
-        elif nbytes == 8:
-            for i in range(count):
-                store_u64(destination + i * 8, load_u64(base + index[i] * pitch))
-        else:
-            for i in range(count):
+    count = len(ids)
+    here, there = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
+    for begin in range(0, count, BLOCK):  # what a block touches stays in the first cache
+        size = min(BLOCK, count - begin)
+        for i in range(size):
+            here[i] = (ids[begin + i] >> LANE_SHIFT) * plan[ROWS] + slot_of(plan, ids[begin + i] & ROW_MASK)
+            record = plan[RECORDS] + here[i] * plan[STRIDE]
+            for line in range(0, (n_step + 1) * plan[STRIDE], 64):
+                prefetch(record + line)
+        for i in range(size):
+            there[i] = sum_steps(plan, ids[begin + i], limits[begin + i], n_step, gamma, block, begin + i, out)
+        for f in range(fields.shape[0]):
+            base, pitch, nbytes = fields[f, BASE], fields[f, PITCH], fields[f, NBYTES]
+            destination = block + fields[f, OTHER] + begin * nbytes
+            index = there if fields[f, ROLE] == ROLE_SUCCESSOR else here
+            for i in range(size):
                 copy_row(destination + i * nbytes, base + index[i] * pitch, nbytes)
     fence()
     for i in range(count):
-        identity = ids[i]
-        if is_stale(plan, identity >> LANE_SHIFT, identity & mask):
+        if is_stale(plan, ids[i] >> LANE_SHIFT, ids[i] & ROW_MASK):
             return i
     return count
 
@@ -632,7 +634,7 @@ def resolve_windows(
     longest = 0
     for i in range(len(ids)):
         identity, limit = ids[i], limits[i]
-        lane, row = identity >> LANE_SHIFT, identity & ((1 << LANE_SHIFT) - 1)
+        lane, row = identity >> LANE_SHIFT, identity & ROW_MASK
         first = first_row(plan, lane, row)
         begin = row - back if first < 0 else max(first, row - back)
         end = min(min(closing_row(plan, lane, row, limit), limit - 1), row + length)

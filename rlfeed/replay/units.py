@@ -316,9 +316,7 @@ class TransitionReader(Reader):
 
     def draw(self, key: int, number: int, ids: np.ndarray, limits: np.ndarray, attempt: int = 0) -> int:
         """Make draws ``number, number + 1, ...``; see `Reader.draw`."""
-        need, touch = self.unit.n_step, 2 * self._storage.stride
-        addresses = ids.ctypes.data, limits.ctypes.data
-        return k.draw_steps(self._plan, key, number, len(ids), attempt, need, -1, 0, *addresses, touch)
+        return k.draw_steps(self._plan, key, number, attempt, self.unit.n_step, -1, 0, ids, limits)
 
     def gather(self, ids: np.ndarray, limits: np.ndarray, allocate: Allocate) -> tuple[Batch, int]:
         """Gather what was drawn into one block; see `Reader.gather`."""
@@ -362,13 +360,11 @@ class WindowReader(Reader):
 
     def draw(self, key: int, number: int, ids: np.ndarray, limits: np.ndarray, attempt: int = 0) -> int:
         """Make draws ``number, number + 1, ...``; see `Reader.draw`."""
-        unit, addresses = self.unit, (ids.ctypes.data, limits.ctypes.data)
+        unit = self.unit
         if isinstance(unit, Episode):
-            return k.draw_episodes(self._plan, key, number, len(ids), attempt, *addresses)
-        strict, touch = int(unit.boundary == "strict"), self._storage.stride
-        return k.draw_steps(
-            self._plan, key, number, len(ids), attempt, unit.length, unit.burn_in, strict, *addresses, touch
-        )
+            return k.draw_episodes(self._plan, key, number, attempt, ids, limits)
+        strict = int(unit.boundary == "strict")
+        return k.draw_steps(self._plan, key, number, attempt, unit.length, unit.burn_in, strict, ids, limits)
 
     def gather(self, ids: np.ndarray, limits: np.ndarray, allocate: Allocate) -> tuple[Batch, int]:
         """Gather what was drawn into one block; see `Reader.gather`."""

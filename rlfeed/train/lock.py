@@ -48,6 +48,7 @@ class Lock:
         """Let the lock go; again is harmless."""
         if self._descriptor in _held:
             _held.remove(self._descriptor)
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # also for a child that was forked this very moment
             os.close(self._descriptor)
 
 
