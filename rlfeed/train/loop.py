@@ -199,16 +199,16 @@ class OffPolicyLoop:
             while not self._stop():
                 if self.updates < self._updates_due() and self._can_draw():
                     self._learn()
-                    continue
-                if self._report():
+                elif self._report():
                     return True
-                if self.env_steps >= self.config.total_steps:
-                    break
-                self._collect()
-            self.save()
-            return False
+                else:
+                    self._collect()
+        except _StoppedError:
+            pass
         finally:
             self._feed = None  # ends the workers
+        self.save()
+        return False
 
     def save(self) -> None:
         """Save a checkpoint of everything: agent, replay, rollout and counters.
@@ -285,8 +285,7 @@ class OffPolicyLoop:
             self._next_log = self._log_rounds.next(env_steps)
         paused_s = time.perf_counter()
         if ended or env_steps >= self._next_eval:
-            if not self._try_evaluate():
-                return False
+            self._play()
             self._next_eval = self._eval_rounds.next(env_steps)
         if ended or env_steps >= self._next_save:
             self.save()
@@ -297,14 +296,10 @@ class OffPolicyLoop:
         self._logged_s += paused_s
         return ended
 
-    def _try_evaluate(self) -> bool:
-        try:
-            self.evaluation = self._evaluate(_Stoppable(self.agent.policy, self._stop))
-        except _StoppedError:
-            return False
+    def _play(self) -> None:
+        self.evaluation = self._evaluate(_Stoppable(self.agent.policy, self._stop))
         self.logger.scalar("eval/mean_reward", self.evaluation.mean, self.env_steps)
         self.logger.scalar("eval/mean_ep_length", float(self.evaluation.lengths.mean()), self.env_steps)
-        return True
 
     def _log(self) -> None:
         now_s, env_steps, statistics = time.perf_counter(), self.env_steps, self.rollout.statistics
