@@ -54,7 +54,9 @@ def choose_device(name: str = "auto") -> tuple[torch.device, str]:
         have = accelerator.type if accelerator is not None else "cpu only"
         if accelerator is None or accelerator.type != device.type:
             built = "" if device.type != "cuda" or torch.version.cuda else " (this torch was built without CUDA)"
-            raise DeviceError(f"device: is {name!r}, but torch finds {have} here{built}; expected a device that is there. Use 'auto'.")
+            raise DeviceError(
+                f"device: is {name!r}, but torch finds {have} here{built}; expected a device that is there. Use 'auto'."
+            )
         if device.index is not None and device.index >= torch.accelerator.device_count():
             raise DeviceError(f"device: is {name!r}; expected an index below {torch.accelerator.device_count()}.")
     return device, "as asked for"
@@ -255,8 +257,8 @@ class DeviceFeed:
         update = getattr(self._loader, "update_priorities", None)
         if update is None:
             raise UnsupportedError(
-                f"DeviceFeed.update_priorities: the loader is a {type(self._loader).__name__}, which takes none; expected a "
-                "ReplayLoader. Use make_loader(buffer, unit, batch_size=...)."
+                f"DeviceFeed.update_priorities: the loader is a {type(self._loader).__name__}, which takes none; "
+                "expected a ReplayLoader. Use make_loader(buffer, unit, batch_size=...)."
             )
         update(batch, values)
 

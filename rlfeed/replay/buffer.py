@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from rlfeed.errors import ConfigError, FieldError, LaneError, UnsupportedError
-from rlfeed.nest import Nest, describe, leaves
+from rlfeed.errors import ConfigError, LaneError, UnsupportedError
+from rlfeed.nest import Nest
 from rlfeed.replay import checkpoint
 from rlfeed.replay import kernels as k
 from rlfeed.replay.samplers import Sampler, Uniform, stream_key
@@ -80,7 +80,7 @@ class ReplayBuffer:
         capacity: int,
         num_envs: int = 1,
         sampler: Sampler = Uniform(),  # noqa: B008 - frozen
-        extras: Mapping[str, Any] = {},  # noqa: B006 - never written
+        extras: Mapping[str, Any] = {},
         frame_stack: int | Mapping[str, int] = 1,
         carry_every: int = 1,
         storage: Kind = "shared",
@@ -202,7 +202,9 @@ class ReplayBuffer:
         Raises:
             UnsupportedError: In this version.
         """
-        raise UnsupportedError(f"ReplayBuffer.writer({list(env_ids)}): is not served by this version. Write from one process.")
+        raise UnsupportedError(
+            f"ReplayBuffer.writer({list(env_ids)}): is not served by this version. Write from one process."
+        )
 
     def release(self, env_ids: Sequence[int] | np.ndarray) -> None:
         """Let lanes go whose writer has left.

@@ -57,7 +57,9 @@ def load(directory: Path) -> tuple[Storage, dict[str, Any]]:
     durable.verify_directory(directory)
     state = durable.load_state(directory / "buffer")
     if state["version"] != VERSION:
-        raise CheckpointError(f"{directory}: has version {state['version']}; expected {VERSION}. Use the rlfeed that wrote it.")
+        raise CheckpointError(
+            f"{directory}: has version {state['version']}; expected {VERSION}. Use the rlfeed that wrote it."
+        )
     path = None if state["path"] is None else Path(state["path"])
     storage = Storage(_specs(state["fields"]), state["lanes"], state["rows"], state["kind"], path)
     heads: np.ndarray = state["heads"]

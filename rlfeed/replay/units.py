@@ -67,7 +67,9 @@ class Sequence:
     def __post_init__(self) -> None:
         _check(self, length=(self.length, 1), burn_in=(self.burn_in, 0), gamma=self.gamma)
         if self.boundary not in ("pad", "strict"):
-            raise UnsupportedError(f"Sequence: boundary is {self.boundary!r}; expected 'pad' or 'strict' in this version.")
+            raise UnsupportedError(
+                f"Sequence: boundary is {self.boundary!r}; expected 'pad' or 'strict' in this version."
+            )
         if self.stride not in (None, 1):
             raise UnsupportedError(f"Sequence: stride is {self.stride}; expected None or 1 in this version.")
 
@@ -93,15 +95,14 @@ Unit = Transition | Sequence | Episode
 
 def _check(unit: Unit, *, gamma: float, **least: tuple[int, int]) -> None:
     name = type(unit).__name__
-    wrong = [f"{key} is {value!r}; expected an int >= {low}" for key, (value, low) in least.items() if not _is_count(value, low)]
+    wrong = []
+    for key, (value, low) in least.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            wrong.append(f"{key} is {value!r}; expected an int >= {low}")
     if not 0.0 <= gamma <= 1.0:
         wrong.append(f"gamma is {gamma!r}; expected 0 .. 1")
     if wrong:
         raise ConfigError(f"{name}: " + "; ".join(wrong) + ".")
-
-
-def _is_count(value: object, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
 def reader_for(storage: Storage, unit: Unit) -> "Reader":

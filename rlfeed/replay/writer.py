@@ -1,6 +1,7 @@
 """From a `Step` to rows: check every field at the boundary, then one kernel call writes all lanes."""
 
 import ctypes
+
 import numpy as np
 
 from rlfeed.errors import FieldError, LaneError
@@ -15,7 +16,9 @@ _BOOL, _INT64, _FLOAT32 = np.dtype(bool), np.dtype(np.int64), np.dtype(np.float3
 _POINTER = object.__basicsize__
 _probe = np.empty(1)
 if ctypes.c_void_p.from_address(id(_probe) + _POINTER).value != _probe.ctypes.data:
-    raise ImportError("rlfeed.replay: this NumPy lays out its arrays in a way that rlfeed does not know. Use NumPy 1.26 to 2.x.")
+    raise ImportError(
+        "rlfeed.replay: this NumPy lays out its arrays in a way that rlfeed does not know. Use NumPy 1.26 to 2.x."
+    )
 
 
 class StepWriter:

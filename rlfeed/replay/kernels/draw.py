@@ -1,0 +1,216 @@
+"""Numbered draws: uniform over the valid starts, a pure function of the number and of what is stored."""
+
+import numpy as np
+from numba import njit
+
+from rlfeed.replay.kernels.rows import (
+    CLOSING,
+    COMMITTED,
+    FAR,
+    FLAGS,
+    LANE_SHIFT,
+    LANES,
+    NO_START,
+    RESERVED,
+    ROW_MASK,
+    ROWS,
+    TRIES,
+    closing_row,
+    entry_row,
+    first_row,
+    lane_span,
+    record_of,
+)
+from rlfeed.replay.kernels.words import kernel, load_acquire, load_u8, prefetch
+
+
+@njit
+def philox(key: int, number: int, attempt: int) -> int:
+    """Draw 64 random bits: the first half of Philox-4x32-10 at counter (number, attempt).
+
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3.
+    """
+    mask = np.uint64(0xFFFFFFFF)
+    half = np.uint64(32)
+    c0, c1 = np.uint64(number) & mask, np.uint64(number) >> half
+    c2, c3 = np.uint64(attempt) & mask, np.uint64(attempt) >> half
+    k0, k1 = np.uint64(key) & mask, np.uint64(key) >> half
+    for _ in range(10):
+        p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (p1 >> half) ^ c1 ^ k0, p1 & mask, (p0 >> half) ^ c3 ^ k1, p0 & mask
+        k0 = (k0 + np.uint64(0x9E3779B9)) & mask
+        k1 = (k1 + np.uint64(0xBB67AE85)) & mask
+    return c0 | (c1 << half)
+
+
+@njit
+def below(bits: int, bound: int) -> int:
+    """Scale 64 random bits to 0 .. bound-1 (bias below bound / 2^64): the high word of their product."""
+    half, mask = np.uint64(32), np.uint64(0xFFFFFFFF)
+    b, n = np.uint64(bits), np.uint64(bound)
+    low = (b & mask) * (n & mask)
+    middle = (b >> half) * (n & mask) + (low >> half)
+    other = (b & mask) * (n >> half) + (middle & mask)
+    return np.int64((b >> half) * (n >> half) + (middle >> half) + (other >> half))
+
+
+@njit
+def starts_here(plan: np.ndarray, lane: int, row: int, limit: int, need: int, back: int, strict: int) -> bool:
+    """Tell whether a sample may start at a row: every row that it touches is live, and its steps are there or an end.
+
+    ``need`` is the steps from ``row`` on, ``back`` the burn-in before it (-1: the unit looks at nothing before).
+    """
+    if load_u8(record_of(plan, lane, row) + FLAGS) & CLOSING:
+        return False
+    if need > 1 or strict:
+        end = closing_row(plan, lane, row, limit)
+        if (end == FAR or strict) and row + need > min(end, limit - 1):
+            return False
+    if back >= 0:
+        first = first_row(plan, lane, row)
+        oldest = row - back - 1 if first < 0 or row - back > first else first
+        return oldest >= load_acquire(plan[RESERVED] + lane * 8) - plan[ROWS]
+    return row >= load_acquire(plan[RESERVED] + lane * 8) - plan[ROWS]
+
+
+@njit
+def candidates(plan: np.ndarray, heads: np.ndarray, tails: np.ndarray, upto: np.ndarray) -> int:
+    """Snapshot every lane: its head, its oldest live row, and the running count of rows that may hold a step."""
+    total = 0
+    for lane in range(plan[LANES]):
+        heads[lane] = load_acquire(plan[COMMITTED] + lane * 8)
+        tails[lane] = max(0, load_acquire(plan[RESERVED] + lane * 8) - plan[ROWS])
+        total += max(0, heads[lane] - 1 - tails[lane])
+        upto[lane] = total
+    return total
+
+
+@njit
+def lane_of(upto: np.ndarray, index: int) -> int:
+    """Give the lane that holds candidate ``index``: at once where lanes are equally full, else by bisection."""
+    lanes, total = len(upto), upto[-1]
+    guess = min(lanes - 1, int(np.float64(index) * lanes / np.float64(total)))
+    if upto[guess] > index and (guess == 0 or upto[guess - 1] <= index):
+        return guess
+    low, high = 0, lanes - 1
+    while low < high:
+        middle = (low + high) >> 1
+        if upto[middle] > index:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@njit
+def pick_by_count(
+    plan: np.ndarray, heads: np.ndarray, tails: np.ndarray, bits: int, need: int, back: int, strict: int
+) -> int:
+    """Count every valid start and give the id of the one that the bits name, or -1: the bounded end of rejection."""
+    valid = 0
+    for lane in range(len(heads)):
+        for row in range(tails[lane], heads[lane] - 1):
+            valid += starts_here(plan, lane, row, heads[lane], need, back, strict)
+    if valid == 0:
+        return -1
+    wanted = below(bits, valid)
+    for lane in range(len(heads)):
+        for row in range(tails[lane], heads[lane] - 1):
+            if starts_here(plan, lane, row, heads[lane], need, back, strict):
+                if wanted == 0:
+                    return (lane << LANE_SHIFT) | row
+                wanted -= 1
+    return -1  # rows died between the two passes: the caller asks again
+
+
+@kernel("int64(int64[::1], int64, int64, int64, int64, int64, int64, int64[::1], int64[::1])")
+def draw_steps(
+    plan: np.ndarray,
+    key: int,
+    number: int,
+    attempt: int,
+    need: int,
+    back: int,
+    strict: int,
+    ids: np.ndarray,
+    limits: np.ndarray,
+) -> int:
+    """Draw starts uniformly among the valid ones; draw ``number + i`` depends on its number and the rows alone.
+
+    Args:
+        plan: The storage.
+        key: Of seed, stream and rank.
+        number: The first draw's number.
+        attempt: The first attempt's number; above 0 only to repeat a draw that turned out torn.
+        need: Steps a sample needs from its start on.
+        back: Burn-in steps before it, or -1.
+        strict: 1 where all ``need`` steps must be in the episode.
+        ids: ``[B]``: receives the ids drawn.
+        limits: ``[B]``: receives each lane's head at the draw.
+
+    Returns:
+        How many were drawn: B, or NO_START where no row is valid.
+    """
+    lanes, count = plan[LANES], len(ids)
+    heads, tails, upto = np.empty(lanes, np.int64), np.empty(lanes, np.int64), np.empty(lanes, np.int64)
+    total = candidates(plan, heads, tails, upto)
+    if total == 0:
+        return NO_START
+    bits = np.empty(count, np.uint64)
+    for i in range(count):  # a loop of its own: it becomes vector code
+        bits[i] = philox(key, number + i, attempt)
+    for i in range(count):
+        index = below(bits[i], total)
+        lane = lane_of(upto, index)
+        row = heads[lane] - 1 - (upto[lane] - index)
+        ids[i], limits[i] = (lane << LANE_SHIFT) | row, heads[lane]
+        prefetch(record_of(plan, lane, row))
+    for i in range(count):
+        retry = 1
+        while not starts_here(plan, ids[i] >> LANE_SHIFT, ids[i] & ROW_MASK, limits[i], need, back, strict):
+            if retry == TRIES:
+                found = pick_by_count(plan, heads, tails, philox(key, number + i, attempt + TRIES), need, back, strict)
+                if found < 0:
+                    return NO_START
+                ids[i], limits[i] = found, heads[found >> LANE_SHIFT]
+                break
+            index = below(philox(key, number + i, attempt + retry), total)
+            lane = lane_of(upto, index)
+            ids[i], limits[i] = (lane << LANE_SHIFT) | (heads[lane] - 1 - (upto[lane] - index)), heads[lane]
+            retry += 1
+    return count
+
+
+@kernel("int64(int64[::1], int64, int64, int64, int64[::1], int64[::1])")
+def draw_episodes(
+    plan: np.ndarray, key: int, number: int, attempt: int, ids: np.ndarray, limits: np.ndarray
+) -> int:
+    """Draw whole episodes uniformly: ended or cut ones whose first row is live.
+
+    Args:
+        plan: The storage.
+        key: Of seed, stream and rank.
+        number: The first draw's number.
+        attempt: The attempt's number.
+        ids: ``[B]``: receives the ids of the episodes' first steps.
+        limits: ``[B]``: receives each lane's head at the draw.
+
+    Returns:
+        B, or NO_START where no whole episode is stored.
+    """
+    lanes = plan[LANES]
+    heads, oldest, upto = np.empty(lanes, np.int64), np.empty(lanes, np.int64), np.empty(lanes, np.int64)
+    total = 0
+    for lane in range(lanes):
+        _, heads[lane], oldest[lane], newest = lane_span(plan, lane)
+        total += max(0, newest - oldest[lane] + 1)
+        upto[lane] = total
+    if total == 0:
+        return NO_START
+    for i in range(len(ids)):
+        index = below(philox(key, number + i, attempt), total)
+        lane = lane_of(upto, index)
+        ordinal = oldest[lane] + index - (upto[lane - 1] if lane > 0 else 0)
+        row = entry_row(plan, lane, ordinal, heads[lane] - 1)
+        ids[i], limits[i] = (lane << LANE_SHIFT) | row, heads[lane]
+    return len(ids)

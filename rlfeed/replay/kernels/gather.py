@@ -1,0 +1,237 @@
+"""From rows to a batch: one pass over the rows, dense fields out, and a check that nobody overwrote them meanwhile."""
+
+import numpy as np
+from numba import njit
+
+from rlfeed.replay.kernels.rows import (
+    BASE,
+    BLOCK,
+    FIRST,
+    FLAGS,
+    LANE_SHIFT,
+    NBYTES,
+    OTHER,
+    PITCH,
+    RECORDS,
+    REWARD,
+    ROLE,
+    ROLE_CARRY,
+    ROLE_OBSERVATION,
+    ROLE_PREVIOUS,
+    ROLE_SUCCESSOR,
+    ROW_MASK,
+    ROWS,
+    STRIDE,
+    TERMINATED,
+    TRUNCATED,
+    closing_row,
+    first_row,
+    is_stale,
+    record_of,
+    slot_of,
+)
+from rlfeed.replay.kernels.words import (
+    copy_row,
+    fence,
+    kernel,
+    load_f32,
+    load_u8,
+    memzero,
+    prefetch,
+    store_f32,
+    store_i64,
+    store_u8,
+)
+
+
+@njit
+def sum_steps(
+    plan: np.ndarray, identity: int, limit: int, n_step: int, gamma: float, block: int, i: int, out: np.ndarray
+) -> int:
+    """Store what is computed for one transition, and give the place of the row after its last step."""
+    lane, row, rows = identity >> LANE_SHIFT, identity & ROW_MASK, plan[ROWS]
+    steps = 1
+    if n_step > 1:
+        steps = max(1, min(n_step, min(closing_row(plan, lane, row, limit), limit - 1) - row))
+    slot, base = slot_of(plan, row), lane * rows
+    total, weight, flags = np.float64(0.0), np.float64(1.0), np.uint8(0)
+    for _ in range(steps):
+        record = plan[RECORDS] + (base + slot) * plan[STRIDE]
+        total += weight * np.float64(load_f32(record + plan[REWARD]))
+        weight *= gamma
+        flags = load_u8(record + FLAGS)
+        slot = slot + 1 if slot + 1 < rows else 0
+    terminated = flags & TERMINATED != 0
+    store_f32(block + out[0] + i * 4, np.float32(total))
+    store_u8(block + out[1] + i, np.uint8(terminated))
+    store_u8(block + out[2] + i, np.uint8(flags & TRUNCATED != 0))
+    store_f32(block + out[3] + i * 4, np.float32(0.0) if terminated else np.float32(weight))
+    store_f32(block + out[4] + i * 4, np.float32(1.0))
+    store_i64(block + out[5] + i * 8, identity)
+    return base + slot
+
+
+@kernel("int64(int64[::1], int64[:, ::1], int64, int64[::1], int64[::1], float64, int64, int64[::1])")
+def gather_transitions(
+    plan: np.ndarray,
+    fields: np.ndarray,
+    block: int,
+    ids: np.ndarray,
+    limits: np.ndarray,
+    gamma: float,
+    n_step: int,
+    out: np.ndarray,
+) -> int:
+    """Gather n-step transitions into the dense fields of a block.
+
+    Args:
+        plan: The storage.
+        fields: Field table; OTHER is the field's offset in the block.
+        block: Address of the block.
+        ids: ``[B]``.
+        limits: ``[B]``, the heads at the draws.
+        gamma: Discount per step.
+        n_step: Steps to sum.
+        out: Offsets in the block of reward, terminated, truncated, discount, weights and ids.
+
+    Returns:
+        The index of the first row that was overwritten meanwhile, or B.
+    """
+    count = len(ids)
+    here, there = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
+    for begin in range(0, count, BLOCK):  # what a block touches stays in the first cache
+        size = min(BLOCK, count - begin)
+        for i in range(size):
+            here[i] = (ids[begin + i] >> LANE_SHIFT) * plan[ROWS] + slot_of(plan, ids[begin + i] & ROW_MASK)
+            record = plan[RECORDS] + here[i] * plan[STRIDE]
+            for line in range(0, (n_step + 1) * plan[STRIDE], 64):
+                prefetch(record + line)
+        for i in range(size):
+            there[i] = sum_steps(plan, ids[begin + i], limits[begin + i], n_step, gamma, block, begin + i, out)
+        for f in range(fields.shape[0]):
+            base, pitch, nbytes = fields[f, BASE], fields[f, PITCH], fields[f, NBYTES]
+            destination = block + fields[f, OTHER] + begin * nbytes
+            index = there if fields[f, ROLE] == ROLE_SUCCESSOR else here
+            for i in range(size):
+                copy_row(destination + i * nbytes, base + index[i] * pitch, nbytes)
+    fence()
+    for i in range(count):
+        if is_stale(plan, ids[i] >> LANE_SHIFT, ids[i] & ROW_MASK):
+            return i
+    return count
+
+
+@kernel("int64(int64[::1], int64[::1], int64[::1], int64, int64, int64[:, ::1])")
+def resolve_windows(
+    plan: np.ndarray, ids: np.ndarray, limits: np.ndarray, length: int, back: int, windows: np.ndarray
+) -> int:
+    """Find the rows of each window: where it begins, how many steps it has and how many of them are burn-in.
+
+    Args:
+        plan: The storage.
+        ids: ``[B]``, the first trained steps.
+        limits: ``[B]``, the heads at the draws.
+        length: Trained steps at most.
+        back: Burn-in steps at most.
+        windows: ``[B, 4]``: receives first row, steps, burn-in, and 1 where a step of the episode lies before.
+
+    Returns:
+        The most steps of any window.
+    """
+    longest = 0
+    for i in range(len(ids)):
+        identity, limit = ids[i], limits[i]
+        lane, row = identity >> LANE_SHIFT, identity & ROW_MASK
+        first = first_row(plan, lane, row)
+        begin = row - back if first < 0 else max(first, row - back)
+        end = min(min(closing_row(plan, lane, row, limit), limit - 1), row + length)
+        windows[i, 0] = begin
+        windows[i, 1] = max(1, end - begin)
+        windows[i, 2] = row - begin
+        windows[i, 3] = begin != first
+        longest = max(longest, windows[i, 1])
+    return longest
+
+
+@njit
+def gather_field(
+    plan: np.ndarray, field: np.ndarray, block: int, lane: int, window: np.ndarray, i: int, longest: int
+) -> None:
+    """Copy one field of one window and clear what lies behind it."""
+    nbytes, role, rows = field[NBYTES], field[ROLE], plan[ROWS]
+    base = field[BASE] + lane * rows * field[PITCH]
+    begin, steps, room = window[0], window[1], longest
+    if role == ROLE_OBSERVATION:
+        steps, room = steps + 1, longest + 1
+    elif role == ROLE_CARRY:
+        steps, room = 1, 1
+    elif role == ROLE_PREVIOUS:
+        begin, steps, room = begin - 1, window[3], 1
+    destination = block + field[OTHER] + i * room * nbytes
+    slot = begin % rows
+    for t in range(steps):
+        copy_row(destination + t * nbytes, base + slot * field[PITCH], nbytes)
+        slot = slot + 1 if slot + 1 < rows else 0
+    memzero(destination + steps * nbytes, (room - steps) * nbytes)
+
+
+@kernel("int64(int64[::1], int64[:, ::1], int64, int64[::1], int64[:, ::1], int64, float64, int64[::1])")
+def gather_windows(
+    plan: np.ndarray,
+    fields: np.ndarray,
+    block: int,
+    ids: np.ndarray,
+    windows: np.ndarray,
+    longest: int,
+    gamma: float,
+    out: np.ndarray,
+) -> int:
+    """Gather windows of steps into padded, dense fields of a block; padding is zeros.
+
+    Args:
+        plan: The storage.
+        fields: Field table; OTHER is the field's offset in the block.
+        block: Address of the block.
+        ids: ``[B]``.
+        windows: From `resolve_windows`.
+        longest: T, steps per padded row.
+        gamma: Discount per step.
+        out: Offsets in the block of reward, terminated, truncated, discount, mask, loss_mask, is_first, lengths,
+            burn_in, prev_reward, weights and ids.
+
+    Returns:
+        The index of the first window that was overwritten meanwhile, or B.
+    """
+    count = windows.shape[0]
+    for i in range(count):
+        begin, steps, burn, before = windows[i, 0], windows[i, 1], windows[i, 2], windows[i, 3]
+        lane = ids[i] >> LANE_SHIFT
+        for t in range(longest):
+            at = i * longest + t
+            inside = t < steps
+            flags, reward = np.uint8(0), np.float32(0.0)
+            if inside:
+                record = record_of(plan, lane, begin + t)
+                flags, reward = load_u8(record + FLAGS), load_f32(record + plan[REWARD])
+            terminated = flags & TERMINATED != 0
+            store_f32(block + out[0] + at * 4, reward)
+            store_u8(block + out[1] + at, np.uint8(terminated))
+            store_u8(block + out[2] + at, np.uint8(flags & TRUNCATED != 0))
+            store_f32(block + out[3] + at * 4, np.float32(gamma) if inside and not terminated else np.float32(0.0))
+            store_u8(block + out[4] + at, np.uint8(inside))
+            store_u8(block + out[5] + at, np.uint8(inside and t >= burn))
+            store_u8(block + out[6] + at, np.uint8(flags & FIRST != 0))
+        store_f32(block + out[10] + i * 4, np.float32(1.0))
+        store_i64(block + out[11] + i * 8, ids[i])
+        store_i64(block + out[7] + i * 8, steps)
+        store_i64(block + out[8] + i * 8, burn)
+        previous = load_f32(record_of(plan, lane, begin - 1) + plan[REWARD]) if before else np.float32(0.0)
+        store_f32(block + out[9] + i * 4, previous)
+    for f in range(fields.shape[0]):
+        for i in range(count):
+            gather_field(plan, fields[f], block, ids[i] >> LANE_SHIFT, windows[i], i, longest)
+    fence()
+    for i in range(count):
+        if is_stale(plan, ids[i] >> LANE_SHIFT, windows[i, 0] - windows[i, 3]):
+            return i
+    return count

@@ -1,0 +1,141 @@
+"""Where a row lies, which episode it belongs to, and where that episode begins and ends: never a scan."""
+
+import numpy as np
+from numba import njit
+
+from rlfeed.replay.kernels.words import fence, kernel, load_acquire, load_u8, load_u32
+
+# The plan: what every kernel knows of a storage, as one int64 table. Index names, in order.
+COMMITTED, RESERVED, EPISODES, STEPS, DIRECTORY, RECORDS, LANES, ROWS, ENTRIES, STRIDE, REWARD, PLAN_SIZE = range(12)
+# The head of a record: the episode's ordinal (low 32 bits), then the flags.
+ORDINAL, FLAGS, HEAD_BYTES = 0, 4, 8
+TERMINATED, TRUNCATED, CLOSING, FIRST, CUT = 1, 2, 4, 8, 16
+# One line of a field table: where the rows of a field are, how far apart, how long, and where its batch or input is.
+BASE, PITCH, NBYTES, OTHER, ROLE, FIELD_SIZE = range(6)
+# Roles of a field in a gather.
+ROLE_STEP, ROLE_OBSERVATION, ROLE_SUCCESSOR, ROLE_CARRY, ROLE_PREVIOUS = range(5)
+LANE_SHIFT = 44
+ROW_MASK = (1 << LANE_SHIFT) - 1
+TRIES = 64
+BLOCK = 64
+NO_START = -1
+FAR = 1 << 62
+
+
+@njit
+def slot_of(plan: np.ndarray, row: int) -> int:
+    """Give the place of an absolute row in its lane; unsigned division spares the sign's fix-up."""
+    return np.int64(np.uint64(row) % np.uint64(plan[ROWS]))
+
+
+@njit
+def record_of(plan: np.ndarray, lane: int, row: int) -> int:
+    """Give the address of a row's record."""
+    return plan[RECORDS] + (lane * plan[ROWS] + slot_of(plan, row)) * plan[STRIDE]
+
+
+@njit
+def entry_row(plan: np.ndarray, lane: int, ordinal: int, near: int) -> int:
+    """Give the absolute row where an episode starts: the last one up to ``near`` at the place the directory names."""
+    start = np.int64(load_u32(plan[DIRECTORY] + (lane * plan[ENTRIES] + ordinal % plan[ENTRIES]) * 4))
+    return near - (near - start) % plan[ROWS]
+
+
+@njit
+def full_ordinal(plan: np.ndarray, lane: int, record: int) -> int:
+    """Give the ordinal of a record's episode: the newest ordinal supplies the high bits that the record leaves out."""
+    newest = load_acquire(plan[EPISODES] + lane * 8) - 1
+    low = np.int64(load_u32(record + ORDINAL))
+    return newest - ((newest - low) & 0xFFFFFFFF)
+
+
+@njit
+def closing_row(plan: np.ndarray, lane: int, row: int, limit: int) -> int:
+    """Give the closing row of the episode that ``row`` belongs to, as it was when the head stood at ``limit``.
+
+    Returns FAR where the episode was still open then.
+    """
+    ordinal = full_ordinal(plan, lane, record_of(plan, lane, row))
+    if ordinal + 1 < load_acquire(plan[EPISODES] + lane * 8):
+        closing = entry_row(plan, lane, ordinal + 1, row + plan[ROWS] - 1) - 1
+        if closing < limit:
+            return closing
+    if load_u8(record_of(plan, lane, limit - 1) + FLAGS) & CLOSING:
+        return limit - 1
+    return FAR
+
+
+@njit
+def first_row(plan: np.ndarray, lane: int, row: int) -> int:
+    """Give the first row of the episode that ``row`` belongs to, or -1 where that row is no longer there."""
+    ordinal = full_ordinal(plan, lane, record_of(plan, lane, row))
+    first = entry_row(plan, lane, ordinal, row)
+    if first < 0:
+        return -1
+    record = record_of(plan, lane, first)
+    if not load_u8(record + FLAGS) & FIRST or load_u32(record + ORDINAL) != np.uint32(ordinal):
+        return -1
+    return first
+
+
+@njit
+def lane_span(plan: np.ndarray, lane: int) -> tuple[int, int, int, int]:
+    """Give a lane's oldest live row, its head, and the ordinals of its first whole and last ended episode."""
+    while True:
+        head = load_acquire(plan[COMMITTED] + lane * 8)
+        tail = max(0, load_acquire(plan[RESERVED] + lane * 8) - plan[ROWS])
+        episodes = load_acquire(plan[EPISODES] + lane * 8)
+        if head <= tail:
+            return tail, tail, 0, -1
+        record = record_of(plan, lane, tail)
+        oldest = full_ordinal(plan, lane, record)
+        if not load_u8(record + FLAGS) & FIRST:
+            oldest += 1
+        newest = episodes - 1
+        if not load_u8(record_of(plan, lane, head - 1) + FLAGS) & CLOSING:
+            newest -= 1
+        fence()
+        # A writer that passed meanwhile may have overwritten the tail's record or started an episode: look again.
+        if (
+            load_acquire(plan[RESERVED] + lane * 8) - plan[ROWS] <= tail
+            and load_acquire(plan[EPISODES] + lane * 8) == episodes
+        ):
+            return tail, head, oldest, newest
+
+
+@njit
+def is_stale(plan: np.ndarray, lane: int, row: int) -> bool:
+    """Tell whether a row has been given to a writer since; call it after a fence, after the copy."""
+    return row < load_acquire(plan[RESERVED] + lane * 8) - plan[ROWS]
+
+
+@njit
+def is_open(plan: np.ndarray, lane: int) -> bool:
+    """Tell whether a lane's newest row waits for its step."""
+    head = load_acquire(plan[COMMITTED] + lane * 8)
+    return head > 0 and not load_u8(record_of(plan, lane, head - 1) + FLAGS) & CLOSING
+
+
+@kernel("int64(int64[::1], int64[::1])")
+def count_steps(plan: np.ndarray, out: np.ndarray) -> int:
+    """Count the stored steps: live rows, less one row per live episode that holds no step.
+
+    Args:
+        plan: The storage.
+        out: ``[3]``: receives live episodes that ended and are whole, live rows, and steps ever inserted.
+
+    Returns:
+        Steps stored.
+    """
+    steps, whole, live, inserted = 0, 0, 0, 0
+    for lane in range(plan[LANES]):
+        tail, head, oldest, newest = lane_span(plan, lane)
+        inserted += load_acquire(plan[STEPS] + lane * 8)
+        if head > tail:
+            episodes = load_acquire(plan[EPISODES] + lane * 8)
+            ordinal = full_ordinal(plan, lane, record_of(plan, lane, tail))
+            steps += head - tail - (episodes - ordinal)
+            live += head - tail
+            whole += max(0, newest - oldest + 1)
+    out[0], out[1], out[2] = whole, live, inserted
+    return steps
