@@ -187,15 +187,21 @@ def _check_rows(name: str, nest: Nest, rows: int) -> None:
 
 
 def _check_like(name: str, new: Nest, old: Nest) -> None:
-    def same(leaf: Any, before: Any) -> None:
-        got, wanted = (tuple(leaf.shape), leaf.dtype), (tuple(before.shape), before.dtype)
-        if type(leaf) is not type(before) or got != wanted:
+    def compare(before: Any, leaf: Any) -> None:
+        got, wanted = _outline(leaf), _outline(before)
+        if got != wanted:
             raise FieldError(
-                f"Feedback: {name} is {type(leaf).__name__} {got[1]} of shape {got[0]}; expected "
-                f"{type(before).__name__} {wanted[1]} of shape {wanted[0]}, as it was before. Pass feed= to make it so."
+                f"Feedback: {name} is {got}; expected {wanted}, as it was before. "
+                "Return that from cell, or pass feed= to make the next input of an output."
             )
 
-    map_nest(same, new, old, where=f"Feedback: {name}")
+    map_nest(compare, old, new, where=f"Feedback: {name}")
+
+
+def _outline(leaf: Any) -> str:
+    if isinstance(leaf, ndarray | Tensor):
+        return f"{type(leaf).__name__} {leaf.dtype} of shape {tuple(leaf.shape)}"
+    return f"a {type(leaf).__name__}"
 
 
 def _detached(leaf: Any) -> Any:
