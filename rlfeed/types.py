@@ -222,8 +222,9 @@ class Batch:
         Returns:
             A new batch of the results, no longer one block.
         """
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        return Batch(**{name: None if value is None else map_nest(fn, value) for name, value in values.items()})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        mapped: dict[str, Any] = {n: None if value is None else map_nest(fn, value) for n, value in values.items()}
+        return Batch(**mapped)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Copy the batch to a device, in one transfer where its fields lie in one block; ``ids`` stay on the CPU.
@@ -394,6 +395,10 @@ class Logger(Protocol):
             value: The value, in the tag's unit.
             env_steps: The x-axis of every curve.
         """
+        ...
+
+    def flush(self) -> None:
+        """Hand over what is pending: called before a checkpoint is saved, so that a killed run keeps its curves."""
         ...
 
     def close(self) -> None:

@@ -68,6 +68,9 @@ class ConsoleLogger:
         elif self._clock() - self._shown_s >= _INTERVAL_S:
             self._line()
 
+    def flush(self) -> None:
+        """Do nothing: what is shown is out already."""
+
     def close(self) -> None:
         """Show where the run ended."""
         if self._bar is not None:

@@ -24,6 +24,11 @@ class FanOut:
         for logger in self._loggers:
             logger.scalar(tag, value, env_steps)
 
+    def flush(self) -> None:
+        """Have all of them hand over what is pending."""
+        for logger in self._loggers:
+            logger.flush()
+
     def close(self) -> None:
         """Close all of them."""
         for logger in self._loggers:

@@ -2,7 +2,7 @@
 
 ``checkpoints/000000005000/`` holds MANIFEST.json, the states and subdirectories such as ``replay/``; the last two are
 kept. ``checkpoints/LATEST`` names the last one that was reported as saved. Their order is the env step in their name,
-never a clock.
+never a clock; a run that was stopped between two updates saves the same step again, as ``000000005000.1``.
 """
 
 import re
@@ -26,7 +26,7 @@ from rlfeed.durable import (
 from rlfeed.errors import CheckpointError
 
 LATEST = "LATEST"
-_NAME = re.compile(r"\d{12,}")
+_NAME = re.compile(r"(\d{12,})(?:\.(\d+))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Checkpoints:
         """
         if not self.directory.is_dir():
             return []
-        return sorted((p for p in self.directory.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: int(p.name))
+        return sorted((p for p in self.directory.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: _place(p.name))
 
     def save(
         self,
@@ -90,7 +90,7 @@ class Checkpoints:
         """Save a checkpoint; when this returns it lasts, and until then the one before does.
 
         Args:
-            env_steps: Where the run stands. Saving the same place twice keeps the first.
+            env_steps: Where the run stands, not before the last checkpoint.
             states: What `rlfeed.durable.save_state` takes, by name.
             directories: Called with the path of a subdirectory to create, by name: ``{"replay": buffer.save}``.
             info: Further facts, as JSON can say them; the name ``env_steps`` is taken.
@@ -102,20 +102,14 @@ class Checkpoints:
             CheckpointError: If there is a later one, or what was written does not read back.
             OSError: If the disk refuses; the checkpoints before are untouched.
         """
-        if any(int(path.name) > env_steps for path in self.paths()):
-            raise CheckpointError(
-                f"{self.directory}: holds a checkpoint later than env step {env_steps}; expected to go on from the "
-                "last. Load it first, or use another run directory."
-            )
         make_directory(self.directory)
         clean_temporaries(self.directory)
-        target = self.directory / f"{env_steps:012d}"
-        if not target.exists():
-            with build_directory(target, {"env_steps": env_steps, **(info or {})}) as building:
-                for name, state in states.items():
-                    save_state(building / f"{name}.state", state)
-                for name, write in (directories or {}).items():
-                    write(building / name)
+        target = self._next(env_steps)
+        with build_directory(target, {"env_steps": env_steps, **(info or {})}) as building:
+            for name, state in states.items():
+                save_state(building / f"{name}.state", state)
+            for name, write in (directories or {}).items():
+                write(building / name)
         verify_directory(target)  # nothing older goes, and nothing is reported, before the new one reads back
         write_bytes(self.directory / LATEST, f"{target.name}\n".encode())
         for old in self.paths()[: -self.keep]:
@@ -144,8 +138,8 @@ class Checkpoints:
                 if repair:
                     path.rename(path.with_name(f"{path.name}.damaged-{secrets.token_hex(2)}"))
                 continue
-            if not findings and (reported := self._reported()) > checkpoint.env_steps:
-                findings.append(f"{self.directory / f'{reported:012d}'}: was reported as saved and is gone.")
+            if not findings and _place(reported := self._reported()) > _place(path.name):
+                findings.append(f"{self.directory / reported}: was reported as saved and is gone.")
             if findings:
                 warnings.warn(f"Going back to {path}: {' '.join(findings)}", RuntimeWarning, stacklevel=2)
             return checkpoint
@@ -153,16 +147,32 @@ class Checkpoints:
             f"{self.directory}: holds no checkpoint that loads; expected at least one. {' '.join(findings)}".rstrip()
         )
 
-    def _reported(self) -> int:
+    def _next(self, env_steps: int) -> Path:
+        last = _place(self.paths()[-1].name) if self.paths() else (-1, 0)
+        if last[0] > env_steps:
+            raise CheckpointError(
+                f"{self.directory}: holds a checkpoint later than env step {env_steps}; expected to go on from the "
+                "last. Load it first, or use another run directory."
+            )
+        again = f".{last[1] + 1}" if last[0] == env_steps else ""
+        return self.directory / f"{env_steps:012d}{again}"
+
+    def _reported(self) -> str:
         try:
-            return int((self.directory / LATEST).read_text())
+            return (self.directory / LATEST).read_text().strip()
         except (OSError, ValueError):
-            return 0  # a pointer that is missing or damaged costs nothing: the order is in the names
+            return ""  # a pointer that is missing or damaged costs nothing: the order is in the names
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Order checkpoints: by env step, then by how often that step was saved."""
+    match = _NAME.fullmatch(name)
+    return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
 
 
 def _open(path: Path) -> Checkpoint:
     info = verify_directory(path)
     env_steps = info.pop("env_steps", None)
-    if env_steps != int(path.name):
+    if env_steps != _place(path.name)[0]:
         raise CheckpointError(f"{path}: is of env step {env_steps}; expected that of its name. It was renamed.")
     return Checkpoint(path, env_steps, info)

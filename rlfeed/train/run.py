@@ -106,7 +106,7 @@ class RunDirectory:
             path: Its directory.
 
         Returns:
-            The run, locked and no longer marked as ended.
+            The run, locked; entered as a context manager it is no longer marked as ended.
 
         Raises:
             RunDirectoryError: If it holds no run, no checkpoint to go on from, or another process holds it.
@@ -115,6 +115,7 @@ class RunDirectory:
         config = read_config(directory)
         lock = Lock(directory / LOCK)
         try:
+            clean_temporaries(directory)
             if not Checkpoints(directory / "checkpoints").paths():
                 raise RunDirectoryError(
                     f"run directory {directory}: has no checkpoint; expected at least one to go on from. It stopped "
@@ -123,10 +124,7 @@ class RunDirectory:
         except BaseException:
             lock.release()
             raise
-        run = cls(directory, config, lock)
-        clean_temporaries(directory)
-        run._unmark()
-        return run
+        return cls(directory, config, lock)
 
     def mark(self, marker: Marker, text: str = "") -> None:
         """Say how the run ended.
@@ -147,11 +145,12 @@ class RunDirectory:
             (self.path / marker).unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
-        """Give the run.
+        """Begin: how the run ended before no longer holds.
 
         Returns:
             The run itself.
         """
+        self._unmark()
         return self
 
     def __exit__(

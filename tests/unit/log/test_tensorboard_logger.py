@@ -75,7 +75,7 @@ def test_disk_refuses_warns_once_and_training_goes_on(tmp_path, monkeypatch):
     logger._writer.close()
 
 
-def test_fan_out_hands_to_every_logger_and_closes_it(tmp_path):
+def test_fan_out_hands_everything_to_every_logger(tmp_path):
     calls = []
 
     class Recorder:
@@ -85,12 +85,19 @@ def test_fan_out_hands_to_every_logger_and_closes_it(tmp_path):
         def scalar(self, tag, value, env_steps):
             calls.append((self.name, tag, value, env_steps))
 
+        def flush(self):
+            calls.append((self.name, "flush"))
+
         def close(self):
             calls.append((self.name, "close"))
 
     logger = FanOut(Recorder("a"), Recorder("b"))
     logger.scalar("train/loss", 0.5, 7)
+    logger.flush()
     logger.close()
+    value = ("train/loss", 0.5, 7)
 
     assert isinstance(logger, Logger)
-    assert calls == [("a", "train/loss", 0.5, 7), ("b", "train/loss", 0.5, 7), ("a", "close"), ("b", "close")]
+    assert calls == [
+        ("a", *value), ("b", *value), ("a", "flush"), ("b", "flush"), ("a", "close"), ("b", "close")
+    ]  # fmt: skip

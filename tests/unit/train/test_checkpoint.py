@@ -69,11 +69,23 @@ def test_save_disk_refuses_keeps_the_checkpoints_before(checkpoints):
     assert checkpoints.latest().env_steps == 10
 
 
-def test_save_same_step_twice_keeps_the_first(checkpoints):
+def test_save_same_step_again_is_the_later_one(checkpoints):
     save(checkpoints, 10)
-    checkpoints.save(10, {"loop": {"updates": -1}})
+    for updates in range(12):
+        checkpoints.save(10, {"loop": {"updates": updates}})
 
-    assert checkpoints.latest().load("loop") == {"updates": 20}
+    assert entries(checkpoints) == ["000000000010.11", "000000000010.12", "LATEST"]
+    assert checkpoints.latest().env_steps == 10
+    assert checkpoints.latest().load("loop") == {"updates": 11}
+    save(checkpoints, 11)
+    assert checkpoints.latest().env_steps == 11
+
+
+def test_latest_same_step_again_is_gone_goes_back_and_warns(checkpoints):
+    save(checkpoints, 10)
+    shutil.rmtree(save(checkpoints, 10))
+    with pytest.warns(RuntimeWarning, match=r"000000000010\.1: was reported as saved and is gone"):
+        assert checkpoints.latest().path.name == "000000000010"
 
 
 def test_save_before_the_last_is_refused(checkpoints):

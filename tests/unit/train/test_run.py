@@ -119,15 +119,17 @@ def test_resume_after_the_holder_was_killed_and_its_forked_child_lives_works(pat
         holder.stdin.close()
 
 
-def test_resume_takes_the_marker_and_leftovers_away(path):
+def test_resume_takes_leftovers_away_and_the_marker_once_the_run_begins(path):
     stopped(path)
     (path / ".DONE.tmp-0123abcd").write_text("")
     run = RunDirectory.resume(path)
 
-    assert read_marker(path) is None
+    assert read_marker(path) == "STOPPED"
     assert not (path / ".DONE.tmp-0123abcd").exists()
     assert run.checkpoints.latest().env_steps == 10
-    run.close()
+    with run:
+        assert read_marker(path) is None
+    assert read_marker(path) == "DONE"
 
 
 def test_resume_without_checkpoint_is_refused_and_lets_go(path):
