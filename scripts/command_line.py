@@ -150,7 +150,7 @@ def find_run(path: str) -> Path:
     Raises:
         RunDirectoryError: If there is none around the path.
     """
-    start = Path(path).absolute()
+    start = Path(path).resolve()
     for directory in (start, *start.parents):
         if start.exists() and (directory / CONFIG).is_file() and "preset" in read_config(directory):
             return directory

@@ -238,7 +238,7 @@ def _describe(preset: str, config: TrainConfig, parts: Parts, buffer: ReplayBuff
 def _absolute(env_id: str) -> str:
     """Name a file from anywhere: a run may be resumed from another directory."""
     file, colon, name = env_id.partition(".py")
-    return f"{Path(file + colon).absolute()}{name}" if colon else env_id
+    return f"{Path(file + colon).resolve()}{name}" if colon else env_id
 
 
 if __name__ == "__main__":

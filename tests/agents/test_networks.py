@@ -40,7 +40,8 @@ def test_encoder_of_a_uint8_vector_scales_it_by_its_bound():
 
 
 def test_encoder_of_dict_takes_leaves_by_name_in_any_order():
-    net = encoder(spaces.Dict({"a": spaces.Discrete(2), "b": spaces.Tuple([spaces.Box(0, 1, (1,)), spaces.MultiBinary(2)])}))
+    pair = spaces.Tuple([spaces.Box(0, 1, (1,)), spaces.MultiBinary(2)])
+    net = encoder(spaces.Dict({"a": spaces.Discrete(2), "b": pair}))
     b = (torch.tensor([[0.5]]), torch.tensor([[1, 0]], dtype=torch.int8))
     out = net({"b": b, "a": torch.tensor([1])})
     assert out.tolist() == [[0, 1, 0.5, 1, 0]]
