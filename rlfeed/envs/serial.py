@@ -42,7 +42,8 @@ class SerialEnvs:
         self._ids.flags.writeable = False
         self._seed = 0
         self._episodes = [0] * self.num_envs
-        self._lengths = np.zeros(self.num_envs, np.int64)
+        self._clock = 0
+        self._began = [0] * self.num_envs  # what the clock showed when the row's episode began
         self._masked = False
 
     def reset(self, seed: int, first_episodes: Sequence[int]) -> Ready:
@@ -69,7 +70,7 @@ class SerialEnvs:
         Returns:
             What became of it, and what to act on next.
         """
-        self._lengths += 1
+        self._clock += 1
         results = []
         for env, act in zip(self._envs, split_rows(action), strict=True):
             try:
@@ -81,13 +82,12 @@ class SerialEnvs:
         except (TypeError, ValueError):
             raise self._wrong_results(results) from None
         reward = check_rewards(rewards, self._where)
-        terminated = check_flags("terminated", terminated, self._where)
-        truncated = check_flags("truncated", truncated, self._where)
+        flags = [check_flags("terminated", terminated, self._where), check_flags("truncated", truncated, self._where)]
         successor = observation = self._check.stack(observations, self._where)
-        rows = np.flatnonzero(terminated | truncated).tolist()
-        if rows:
+        if True in terminated or True in truncated:
+            rows = [row for row in range(self.num_envs) if terminated[row] or truncated[row]]
             observation, infos = self._with_firsts(successor, list(infos), rows)
-        return Outcome(successor, reward, terminated, truncated, self._ready(observation, infos))
+        return Outcome(successor, reward, *flags, self._ready(observation, infos))
 
     def close(self) -> None:
         """Close every environment."""
@@ -115,7 +115,7 @@ class SerialEnvs:
     def _begin(self, rows: Sequence[int]) -> tuple[list[Any], list[Any]]:
         observations, infos = [], []
         for row in rows:
-            self._lengths[row] = 0
+            self._began[row] = self._clock
             seed = episode_seed(self._seed, row, self._episodes[row])
             try:
                 result = self._envs[row].reset(seed=seed)
@@ -131,9 +131,8 @@ class SerialEnvs:
         return observations, infos
 
     def _where(self, row: int) -> str:
-        return (
-            f"{self.name}: env {row} of {self.num_envs}, step {self._lengths[row]} of its episode {self._episodes[row]}"
-        )
+        step = self._clock - self._began[row]
+        return f"{self.name}: env {row} of {self.num_envs}, step {step} of its episode {self._episodes[row]}"
 
     def _failed(self, row: int, call: str, error: Exception) -> EnvFailedError:
         seed = episode_seed(self._seed, row, self._episodes[row])
@@ -190,7 +189,8 @@ def split_rows(action: Nest) -> list[Any]:
         return [dict(zip(action, row, strict=True)) for row in zip(*parts, strict=True)]
     if isinstance(action, tuple):
         return list(zip(*(split_rows(part) for part in action), strict=True))
-    return list(action.copy())
+    # The elements of a vector are scalars of their own already.
+    return list(action) if action.ndim == 1 else list(action.copy())
 
 
 def _outline(value: Any) -> str:

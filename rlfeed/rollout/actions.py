@@ -18,8 +18,8 @@ class _Leaf:
     path: Path
     shape: tuple[int, ...]
     dtype: np.dtype
-    low: ndarray
-    high: ndarray
+    low: ndarray | int
+    high: ndarray | int
     space: Any
 
 
@@ -105,7 +105,7 @@ def _leaf_tree(space: Any, path: Path) -> Nest:
     if kind == "Tuple":
         return tuple(_leaf_tree(part, (*path, index)) for index, part in enumerate(space.spaces))
     if kind == "Discrete":
-        low, high = space.start, space.start + space.n - 1
+        low, high = int(space.start), int(space.start + space.n - 1)
     elif kind == "MultiDiscrete":
         low, high = space.start, space.start + space.nvec - 1
     elif kind == "MultiBinary":
@@ -117,7 +117,7 @@ def _leaf_tree(space: Any, path: Path) -> Nest:
             f"{describe('action_space', path)}: is {space!r}; expected Discrete, MultiDiscrete, MultiBinary, Box, or "
             "Dict and Tuple of these. Encode it in a wrapper."
         )
-    return _Leaf(path, tuple(space.shape or ()), np.dtype(space.dtype), np.asarray(low), np.asarray(high), space)
+    return _Leaf(path, tuple(space.shape or ()), np.dtype(space.dtype), low, high, space)
 
 
 def _fit(tree: Nest, action: Any, env_ids: ndarray, path: Path) -> Nest:
@@ -150,7 +150,7 @@ def _fit_leaf(leaf: _Leaf, given: ndarray, env_ids: ndarray) -> ndarray:
     # Integers are compared as they were given (a cast would wrap around), floats as they will be executed and stored.
     action = given.astype(leaf.dtype)
     compared = given if integral else action
-    if integral and not leaf.shape:
+    if isinstance(leaf.low, int) and isinstance(leaf.high, int) and not leaf.shape:
         values = given.tolist()  # for a handful of rows faster than NumPy's reductions
         if leaf.low <= min(values) and max(values) <= leaf.high:
             return action
@@ -171,7 +171,7 @@ def _draw(leaf: _Leaf, rows: int, generator: np.random.Generator) -> ndarray:
     size = (rows, *leaf.shape)
     if leaf.dtype.kind in "iu":
         return generator.integers(leaf.low, leaf.high, size, leaf.dtype, endpoint=True)
-    low, high = leaf.low.astype(np.float64), leaf.high.astype(np.float64)
+    low, high = np.asarray(leaf.low, np.float64), np.asarray(leaf.high, np.float64)
     below, above = np.isfinite(low), np.isfinite(high)
     # As Gymnasium draws: normal without bounds, exponential with one bound, uniform with two.
     span = np.where(below & above, high - np.where(below, low, 0.0), 0.0)

@@ -91,7 +91,7 @@ class ModulePolicy:
             context: For recurrent modules.
 
         Returns:
-            Actions and extras as arrays, the carry as tensors.
+            What the module returned, in tensors.
         """
         device = self._device()
         training = [part for part in self._parts if part.training]
@@ -99,14 +99,14 @@ class ModulePolicy:
             object.__setattr__(part, "training", False)
         try:
             with torch.inference_mode():
-                tensors = map_nest(lambda leaf: torch.from_numpy(leaf).to(device), observation)
+                tensors = map_nest(torch.from_numpy, observation)
+                if device.type != "cpu":
+                    tensors = map_nest(lambda leaf: leaf.to(device), tensors)
                 out = self._module(tensors, carry, context) if self._recurrent else self._module(tensors)
         finally:
             for part in training:
                 object.__setattr__(part, "training", True)
-        if not isinstance(out, PolicyOutput):
-            out = PolicyOutput(out)
-        return PolicyOutput(map_nest(to_numpy, out.action), out.carry, out.extras)
+        return out if isinstance(out, PolicyOutput) else PolicyOutput(out)
 
     def _device(self) -> torch.device:
         # Asked for in every call: the module may be moved between two steps.

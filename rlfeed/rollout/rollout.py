@@ -10,7 +10,7 @@ from gymnasium.vector import VectorEnv
 from rlfeed.envs.autoreset import Envs, Ready
 from rlfeed.envs.make import as_envs
 from rlfeed.errors import CheckpointError, ConfigError, UnsupportedError, suggest
-from rlfeed.nest import Nest
+from rlfeed.nest import Nest, leaves
 from rlfeed.rollout.actions import Actions
 from rlfeed.rollout.policy import FunctionPolicy, adapt, check_output
 from rlfeed.rollout.rows import copy, put, reset_rows, take
@@ -72,6 +72,7 @@ class Rollout:
         self._actions = Actions(self.envs.action_space)
         self._generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(STREAM,))))
         self._initial: Nest = self.policy.initial_carry(1)
+        self._recurrent = any(True for _ in leaves(self._initial))
         self._next_episodes = np.zeros(self.num_envs, np.int64)
         self._ready: Ready | None = None
         # One row per environment: what the next step of each needs to know of the step before.
@@ -116,7 +117,7 @@ class Rollout:
             is_first, self._mode, ids, self.env_steps, prev_action, prev_reward, mask, self._generator
         )
         # The step keeps a copy of the carry: policies may update theirs in place.
-        kept = copy(carry)
+        kept = copy(carry) if self._recurrent else ()
         out = self._decide(ready.observation, carry, context)
         action = self._actions.fit(out.action, ids)
         self._ready = None  # an environment that raises is begun anew, at the next episode

@@ -96,7 +96,7 @@ def to_numpy(leaf: Any) -> ndarray:
     Returns:
         The array; it may share memory with the leaf.
     """
-    return leaf.detach().cpu().numpy() if isinstance(leaf, Tensor) else np.asarray(leaf)
+    return leaf.numpy(force=True) if isinstance(leaf, Tensor) else np.asarray(leaf)
 
 
 def to_tensor(leaf: Any) -> Tensor:

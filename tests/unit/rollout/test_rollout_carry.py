@@ -132,7 +132,6 @@ class LosesRows(SerialEnvs):
         observation, _ = self._envs[1].reset()
         fresh = out.ready.observation.copy()
         fresh[1] = observation
-        self._lengths[1] = 0
         lost = np.array([False, True])
         terminated, truncated = out.terminated & ~lost, out.truncated & ~lost
         ready = type(out.ready)(out.ready.env_ids, fresh)
