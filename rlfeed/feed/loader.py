@@ -36,17 +36,16 @@ class ReplayLoader(DataLoader[Any]):
         timeout_s: Seconds to wait for a worker's batch.
     """
 
-    dataset: ReplayDataset
-
     def __init__(self, dataset: ReplayDataset, num_workers: int, timeout_s: float) -> None:
         super().__init__(
             dataset, batch_size=None, num_workers=num_workers, timeout=timeout_s if num_workers else 0
         )
+        self._draws = dataset
         self._first_draw = dataset.state_dict()["draw"]
         self._delivered = 0
 
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self.dataset.load_state_dict(self.state_dict())
+        self._draws.load_state_dict(self.state_dict())
         for batch in super().__iter__():
             self._delivered += len(batch)
             yield batch
@@ -65,7 +64,7 @@ class ReplayLoader(DataLoader[Any]):
             UnsupportedError: If the buffer's sampler keeps no priorities.
         """
         ids = np.empty(0, np.int64) if batch.ids is None else batch.ids.cpu().numpy()
-        return self.dataset.buffer.update_priorities(ids, np.asarray(values))
+        return self._draws.buffer.update_priorities(ids, np.asarray(values))
 
     def stats(self) -> LoaderStats:
         """Count the samples delivered.

@@ -61,7 +61,8 @@ class Memory:
     """
 
     def __init__(self, kind: Kind, nbytes: int, path: Path | None = None) -> None:
-        self.kind, self.nbytes, self.path = kind, nbytes, path
+        self.kind: Kind = kind
+        self.nbytes, self.path = nbytes, path
         available = _available_bytes(path)
         if nbytes > 0.9 * available:
             place = f"on the disk of {path}" if kind == "memmap" else "in memory"

@@ -1,6 +1,7 @@
 """From a `Step` to rows: check every field at the boundary, then one kernel call writes all lanes."""
 
 import ctypes
+from typing import Any
 
 import numpy as np
 
@@ -63,7 +64,7 @@ class StepWriter:
         inputs = self._point(step, count)
         if inputs is None:
             step = self._fit(step, count)  # alive until the kernel has read it
-            inputs = self._point(step, count)
+            inputs = self._point(step, count) or []
         self._inputs[:] = inputs
         ids = np.empty(count, np.int64)
         fault = k.write_step(self._storage.plan, self._fields, self._opening, self._inputs, count, ids)
@@ -81,8 +82,7 @@ class StepWriter:
         for name, path, shape, dtype in expected:
             value = getattr(step, name)
             try:
-                for part in path:
-                    value = value[part]
+                value = _leaf(value, path)
             except (KeyError, IndexError, TypeError):
                 return None
             if value is None and name in ("env_ids", "lost"):
@@ -107,8 +107,7 @@ class StepWriter:
             if value is None and name in ("env_ids", "lost"):
                 continue
             try:
-                for part in path:
-                    value = value[part]
+                value = _leaf(value, path)
             except (KeyError, IndexError, TypeError):
                 wrong.append(f"{describe(name, path)} is missing")
                 continue
@@ -133,3 +132,9 @@ class StepWriter:
             "step after an end. Set is_first where an episode begins",
         )[cause]
         return LaneError(f"ReplayBuffer.add: row {row}: env_ids {reason}. Nothing was stored.")
+
+
+def _leaf(value: Any, path: Path) -> Any:
+    for part in path:
+        value = value[part]
+    return value

@@ -1,4 +1,6 @@
 """Numbered draws: uniform over the valid starts, a pure function of the number and of what is stored."""
+# NumPy's integers are ints to numba:
+# pyright: reportArgumentType=false, reportReturnType=false
 
 import numpy as np
 from numba import njit

@@ -1,4 +1,6 @@
 """From rows to a batch: one pass over the rows, dense fields out, and a check that nobody overwrote them meanwhile."""
+# NumPy's integers are ints to numba:
+# pyright: reportArgumentType=false, reportReturnType=false
 
 import numpy as np
 from numba import njit

@@ -1,4 +1,6 @@
 """Where a row lies, which episode it belongs to, and where that episode begins and ends: never a scan."""
+# NumPy's integers are ints to numba:
+# pyright: reportArgumentType=false, reportReturnType=false
 
 import numpy as np
 from numba import njit

@@ -15,10 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numba
-from numba import njit, types
+from numba import extending, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.core import config as numba_config
+
+config: Any = numba_config
+intrinsic: Any = extending.intrinsic  # its functions are called without their typing context
 
 
 def _cache_folder() -> str:
@@ -27,7 +29,7 @@ def _cache_folder() -> str:
     here = Path(__file__).parent
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))).hexdigest()[:16]
     places = [here / "__pycache__", Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "rlfeed"]
-    for place in [Path(numba.config.CACHE_DIR), *places] if numba.config.CACHE_DIR else places:
+    for place in [Path(config.CACHE_DIR), *places] if config.CACHE_DIR else places:
         try:
             (place / digest).mkdir(parents=True, exist_ok=True)
         except OSError:
@@ -57,11 +59,11 @@ def kernel(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _CACHE_FOLDER
+        before, config.CACHE_DIR = config.CACHE_DIR, _CACHE_FOLDER
         try:
             return njit(signature, nogil=True, cache=bool(_CACHE_FOLDER))(function)
         finally:
-            numba.config.CACHE_DIR = before
+            config.CACHE_DIR = before
 
     return decorate
 

@@ -1,4 +1,6 @@
 """From steps to rows: checked first, then reserved, written and committed for all lanes at once."""
+# NumPy's integers are ints to numba:
+# pyright: reportArgumentType=false, reportReturnType=false
 
 import numpy as np
 from numba import njit

@@ -1,0 +1,278 @@
+"""The buffer's own rules: what it refuses and says, what it keeps, what it saves."""
+
+import multiprocessing
+import pickle
+import re
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete, Tuple
+from support.batches import assert_same
+from support.replay_twin import ReplayTwin, make_step
+
+from rlfeed import errors
+from rlfeed.replay import Episode, Prioritized, ReplayBuffer, Sequence, Transition
+from rlfeed.types import Step
+
+SPACE = gymnasium.spaces.Dict(vector=Box(-np.inf, np.inf, (3,), np.float32), image=Box(0, 255, (40, 40), np.uint8))
+LINE = Box(-np.inf, np.inf, (2,), np.float32)
+
+
+def filled(steps=40, lanes=2, rows=30, **options):
+    buffer = ReplayBuffer(SPACE, Discrete(11), capacity=lanes * rows, num_envs=lanes, **options)
+    twin = ReplayTwin(lanes, rows)
+    for i in range(steps):
+        buffer.add(make_step(twin, list(range(lanes)), [(i % 5 == 4, False)] * lanes, rewards=[float(i)] * lanes))
+    return buffer, twin
+
+
+def line_step(value, *, first=False, terminated=False, **changes):
+    fields = {
+        "observation": np.full((1, 2), value, np.float32),
+        "action": np.array([value % 3]),
+        "reward": np.array([value], np.float32),
+        "next_observation": np.full((1, 2), value + 1, np.float32),
+        "terminated": np.array([terminated]),
+        "truncated": np.array([False]),
+        "is_first": np.array([first]),
+    }
+    return Step(**(fields | changes))
+
+
+def line_buffer(**options):
+    return ReplayBuffer(LINE, Discrete(3), **({"capacity": 100, "storage": "private"} | options))
+
+
+@pytest.mark.parametrize("kind", ["shared", "private", "memmap"])
+def test_storage_kinds_same_steps_give_same_batches(kind, tmp_path):
+    reference, _ = filled()
+    path = tmp_path / "replay.bin" if kind == "memmap" else None
+    buffer, _ = filled(storage=kind, path=path)
+    for unit in (Transition(n_step=2), Episode(), Sequence(3)):
+        expected, batch = reference.sample(16, unit), buffer.sample(16, unit)
+        assert torch.equal(batch.ids, expected.ids)
+        assert torch.equal(batch.observation["image"], expected.observation["image"])
+
+
+def test_dtypes_nested_spaces_are_kept():
+    space = gymnasium.spaces.Dict(
+        camera=Box(0, 255, (2, 3), np.uint8), arm=Tuple((Box(-1, 1, (2,), np.float64), MultiBinary(3)))
+    )
+    buffer = ReplayBuffer(space, MultiDiscrete([3, 4]), capacity=10, extras={"log_prob": Box(-9, 9, (), np.float16)})
+    observation = {"camera": np.full((1, 2, 3), 7, np.uint8), "arm": (np.full((1, 2), 0.1), np.ones((1, 3), np.int8))}
+    step = Step(
+        observation, np.array([[2, 3]]), np.array([1.5]), observation, np.array([True]), np.array([False]),
+        is_first=np.array([True]), extras={"log_prob": np.array([-0.5], np.float16)},
+    )  # fmt: skip
+    buffer.add(step)
+    batch = buffer.sample(1, Transition())
+    assert batch.observation["camera"].dtype == torch.uint8
+    assert batch.observation["arm"][0].tolist() == [[0.1, 0.1]]
+    assert batch.next_observation["arm"][1].dtype == torch.int8
+    assert batch.action.tolist() == [[2, 3]]
+    assert batch.extras["log_prob"].tolist() == [-0.5]
+    assert batch.extras["log_prob"].dtype == torch.float16
+
+
+def test_fields_of_a_batch_are_dense_aligned_and_in_one_block():
+    batch = filled()[0].sample(7, Episode())
+    tensors = [batch.observation["vector"], batch.observation["image"], batch.action, batch.reward, batch.mask, batch.ids]
+    begin, end = batch._block.data_ptr(), batch._block.data_ptr() + batch._block.numel()
+    for tensor in tensors:
+        assert tensor.is_contiguous()
+        assert (tensor.data_ptr() - begin) % 64 == 0
+        assert begin <= tensor.data_ptr() < end
+
+
+def test_batches_never_alias_storage():
+    buffer, twin = filled(steps=10)
+    batch = buffer.sample(32, Transition())
+    before = batch.observation["vector"].clone()
+    for i in range(60):
+        buffer.add(make_step(twin, [0, 1], [(i % 5 == 4, False)] * 2, rewards=[0.0, 0.0]))
+    assert torch.equal(batch.observation["vector"], before)
+
+
+def test_carry_is_the_state_before_the_first_observation():
+    buffer = line_buffer(extras={"carry": Box(-1e9, 1e9, (1,), np.float32)})
+    for i in range(6):
+        buffer.add(line_step(i, first=i == 0, terminated=i == 5, carry=np.full((1, 1), 10.0 + i, np.float32)))
+    batch = buffer.sample(20, Sequence(2, burn_in=1))
+    begins = batch.observation[:, 0, 0]
+    assert torch.equal(batch.carry[:, 0], begins + 10)
+    assert set(begins.tolist()) == {0.0, 1.0, 2.0, 3.0, 4.0}
+
+
+def test_add_lost_row_cuts_its_episode_and_stores_nothing():
+    buffer = line_buffer()
+    buffer.add(line_step(0, first=True))
+    assert buffer.add(line_step(1, lost=np.array([True]))).tolist() == [-1]
+    assert len(buffer) == 1
+    batch = buffer.sample(1, Episode())
+    assert (batch.lengths.item(), batch.terminated.any().item(), batch.truncated.any().item()) == (1, False, False)
+    assert batch.discount.tolist() == [[pytest.approx(0.99)]]
+    assert buffer.add(line_step(7, first=True)).tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (line_step(0), "is_first False, but no episode is open"),
+        (line_step(0, first=True, env_ids=np.array([3])), r"env_ids has 3; expected 0 \.\. 0"),
+    ],
+)
+def test_add_step_that_continues_nothing_is_refused(step, message):
+    buffer = line_buffer()
+    with pytest.raises(errors.LaneError, match=message):
+        buffer.add(step)
+    assert len(buffer) == 0
+    assert buffer.stats().rows == 0
+
+
+def test_add_same_lane_twice_is_refused_before_anything_is_written():
+    buffer, twin = filled(steps=3)
+    step = make_step(ReplayTwin(2, 30), [0, 1], [(False, False)] * 2, rewards=[0.0, 0.0])
+    with pytest.raises(errors.LaneError, match="row 1: env_ids has 0 twice"):
+        buffer.add(Step(**{n: getattr(step, n) for n in Step.__slots__} | {"env_ids": np.array([0, 0])}))
+    assert len(buffer) == len(twin)
+
+
+def test_add_wrong_fields_are_all_named_at_once():
+    wrong = {
+        "observation": np.zeros((1, 3), np.float32),
+        "action": np.array([0.5]),
+        "truncated": np.array([1]),
+    }
+    with pytest.raises(errors.FieldError) as caught:
+        line_buffer().add(line_step(0, first=True, **wrong))
+    text = str(caught.value)
+    assert "observation has shape (1, 3); expected (1, 2)" in text
+    assert "action has dtype float64; expected int64" in text
+    assert "truncated has dtype int64; expected bool" in text
+    assert "Nothing was stored." in text
+
+
+def test_add_safe_casts_are_made():
+    buffer = line_buffer()
+    buffer.add(line_step(0, first=True, action=np.array([2], np.int8), observation=np.zeros((1, 2), np.float16)))
+    assert buffer.sample(1, Transition()).action.tolist() == [2]
+
+
+def test_add_missing_key_is_named():
+    buffer, _ = filled(steps=0)
+    step = make_step(ReplayTwin(2, 30), [0], [(False, False)], rewards=[0.0])
+    broken = {name: getattr(step, name) for name in Step.__slots__} | {"next_observation": {"vector": np.zeros((1, 3))}}
+    with pytest.raises(errors.FieldError, match=re.escape('next_observation["image"] is missing')):
+        buffer.add(Step(**broken))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"capacity": 0}, "capacity is 0; expected an int >= 1"),
+        ({"capacity": 7, "num_envs": 2, "storage": "tape"}, "storage is 'tape'"),
+        ({"capacity": 3}, "expected at least 4"),
+        ({"capacity": 10, "storage": "memmap"}, "expected a path"),
+    ],
+)
+def test_buffer_wrong_arguments_are_refused(options, message):
+    with pytest.raises(errors.ConfigError, match=message):
+        ReplayBuffer(LINE, Discrete(2), **options)
+
+
+def test_buffer_larger_than_memory_is_refused_with_the_numbers():
+    with pytest.raises(errors.CapacityError, match=r"needs [\d.]+ TB, but [\d.]+ GB are free in memory"):
+        ReplayBuffer(Box(0, 255, (210, 160, 3), np.uint8), Discrete(2), capacity=10**8)
+
+
+def test_buffer_unsupported_space_names_the_part():
+    space = gymnasium.spaces.Dict(arm=LINE, words=gymnasium.spaces.Text(5))
+    with pytest.raises(errors.SpaceError, match=r'observation_space\["words"\]: is Text'):
+        ReplayBuffer(space, Discrete(2), capacity=10)
+
+
+@pytest.mark.parametrize("options", [{"sampler": Prioritized()}, {"frame_stack": 4}, {"storage": "cuda"}])
+def test_buffer_what_is_not_served_is_refused(options):
+    with pytest.raises(errors.UnsupportedError):
+        ReplayBuffer(LINE, Discrete(2), capacity=10, **options)
+
+
+def test_sample_lane_shorter_than_a_sample_is_refused():
+    with pytest.raises(errors.ConfigError, match="touches 21 rows, but a lane has 10"):
+        line_buffer(capacity=10).sample(1, Transition(n_step=20))
+
+
+def test_sample_before_n_steps_says_what_is_needed():
+    buffer = line_buffer()
+    for i in range(2):
+        buffer.add(line_step(i, first=i == 0))
+    with pytest.raises(errors.NotEnoughDataError, match=r"holds 2 steps.*expected an episode's end, or 5 steps"):
+        buffer.sample(1, Transition(n_step=5))
+
+
+def test_sample_episode_longer_than_max_length_is_an_error():
+    buffer, _ = filled()
+    with pytest.raises(errors.ConfigError, match="max_length is 4, but an episode of 5 steps"):
+        buffer.sample(1, Episode(max_length=4))
+
+
+def test_save_load_next_batches_are_identical(tmp_path):
+    buffer, twin = filled(steps=57)
+    buffer.sample(5, Transition())
+    buffer.save(tmp_path / "replay")
+    loaded = ReplayBuffer.load(tmp_path / "replay")
+    assert loaded.stats() == buffer.stats()
+    for i in range(40):
+        for unit in (Transition(n_step=3), Episode(), Sequence(2, burn_in=1)):
+            expected, batch = buffer.sample(8, unit), loaded.sample(8, unit)
+            assert_same(batch, expected)
+        step = make_step(twin, [0, 1], [(i % 7 == 6, False)] * 2, rewards=[1.0, 2.0])
+        assert np.array_equal(buffer.add(step), loaded.add(step))
+
+
+def test_load_damaged_file_is_refused_by_name(tmp_path):
+    buffer, _ = filled()
+    buffer.save(tmp_path / "replay")
+    target = tmp_path / "replay" / "lane-000001"
+    data = bytearray(target.read_bytes())
+    data[len(data) // 2] ^= 1
+    target.write_bytes(data)
+    with pytest.raises(errors.CheckpointError, match="lane-000001"):
+        ReplayBuffer.load(tmp_path / "replay")
+
+
+def test_save_existing_directory_is_refused(tmp_path):
+    buffer, _ = filled()
+    with pytest.raises(errors.RunDirectoryError):
+        buffer.save(tmp_path)
+
+
+def test_private_storage_refuses_another_process():
+    with pytest.raises(errors.UnsupportedError, match="storage='private' cannot be sent"):
+        pickle.dumps(line_buffer())
+
+
+def add_more(buffer, steps):
+    for i in range(steps):
+        buffer.add(line_step(i, first=i == 0, terminated=i == steps - 1))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_shared_storage_written_by_another_process_is_seen_here(method):
+    buffer = line_buffer(storage="shared")
+    process = multiprocessing.get_context(method).Process(target=add_more, args=(buffer, 9))
+    process.start()
+    process.join(60)
+    assert (process.exitcode, len(buffer)) == (0, 9)
+    assert buffer.sample(1, Episode()).reward.tolist() == [[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]]
+
+
+def test_stats_say_what_fits_at_the_episode_lengths_seen():
+    buffer, _ = filled(steps=50)
+    stats = buffer.stats()
+    assert (stats.capacity_rows, stats.rows, stats.steps) == (60, 60, 50)
+    assert stats.capacity_steps == 50
+    assert (stats.inserted, stats.episodes) == (100, 10)
+    assert "room for about 50 steps" in repr(buffer)

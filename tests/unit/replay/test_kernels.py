@@ -1,0 +1,65 @@
+"""Kernels against literals and slow twins."""
+
+import numpy as np
+import pytest
+from numba import njit
+
+from rlfeed.replay.kernels import draw, words
+
+
+@njit
+def philox_of(key, number, attempt):
+    return draw.philox(key, number, attempt)
+
+
+@njit
+def below_of(bits, bound):
+    return draw.below(bits, bound)
+
+
+@njit
+def copy(destination, source, nbytes):
+    words.copy_row(destination, source, nbytes)
+
+
+# Random123's known-answer vectors for philox4x32-10; the first two of four words make our 64 bits.
+VECTORS = [
+    (0x0000000000000000, 0x0000000000000000, 0x0000000000000000, 0xE169C58D6627E8D5),
+    (0xFFFFFFFFFFFFFFFF, 0xFFFFFFFFFFFFFFFF, 0xFFFFFFFFFFFFFFFF, 0x41C83B0E408F276D),
+    (0x299F31D0A4093822, 0x85A308D3243F6A88, 0x0370734413198A2E, 0x94FDCCEBD16CFE09),
+]
+
+
+@pytest.mark.parametrize(("key", "number", "attempt", "expected"), VECTORS)
+def test_philox_known_answers_equal(key, number, attempt, expected):
+    signed = [np.uint64(value).astype(np.int64) for value in (key, number, attempt)]
+    assert int(philox_of(*signed)) == expected
+
+
+@pytest.mark.parametrize("bound", [1, 2, 3, 1000, 2**32 - 1, 2**32 + 5, 2**44])
+def test_below_any_bits_is_high_word_of_product(bound):
+    generator = np.random.default_rng(bound)
+    samples = [0, 1, 2**32 - 1, 2**32, 2**64 - 1, *map(int, generator.integers(0, 2**64, 50, np.uint64))]
+    for bits in samples:
+        assert below_of(np.uint64(bits), bound) == (bits * bound) >> 64
+
+
+@pytest.mark.parametrize("nbytes", [*range(0, 70), 100, 128, 255, 511, 512, 513, 1000, 7056])
+def test_copy_row_any_length_copies_exactly_that(nbytes):
+    source = np.random.default_rng(nbytes).integers(1, 255, nbytes + 16, np.uint8)
+    target = np.zeros(nbytes + 16, np.uint8)
+    copy(target.ctypes.data + 8, source.ctypes.data + 3, nbytes)
+    expected = np.zeros(nbytes + 16, np.uint8)
+    expected[8 : 8 + nbytes] = source[3 : 3 + nbytes]
+    assert np.array_equal(target, expected)
+
+
+@pytest.mark.parametrize("counts", [[5], [3, 3, 3], [1, 0, 7, 2], [0, 0, 4], [100, 1, 1, 1, 1]])
+def test_lane_of_every_index_equals_linear_search(counts):
+    @njit
+    def lane_of(upto, index):
+        return draw.lane_of(upto, index)
+
+    upto = np.cumsum(counts)
+    expected = [lane for lane, count in enumerate(counts) for _ in range(count)]
+    assert [lane_of(upto, i) for i in range(upto[-1])] == expected
