@@ -1,0 +1,1 @@
+"""Training: the loop, its schedules, evaluation, checkpoints and run directories."""
