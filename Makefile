@@ -46,8 +46,8 @@ clean:
 # A half-made environment has no stamp, so it is made again.
 $(VENV)/created.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "make: $(PYTHON) is older than Python 3.11; expected 3.11 or newer. Run: make PYTHON=python3.11 ..."; exit 2; }
-	$(PYTHON) -m venv --clear $(VENV)
+		{ echo "make: $(PYTHON) is missing or too old; expected Python 3.11 or newer. Name one: make PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
 $(VENV)/cli.stamp: $(VENV)/created.stamp pyproject.toml constraints.txt
