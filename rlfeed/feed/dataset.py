@@ -1,17 +1,20 @@
 """The replay as an infinite `IterableDataset`, readable by torch's own `DataLoader` in the plainest way.
 
 Draws are numbered by sample: batch b holds draws bB .. bB+B-1. Worker w of W makes batches w, w+W, ..., which is the
-order in which torch asks for them, so the batches do not depend on the number of workers while the buffer rests.
+order in which torch asks for them, so the batches do not depend on the number of workers while the buffer rests. Each
+new iterator has draws of its own.
 
 Without a batch size the dataset yields *handles*: promises of one draw that cost 0.2 us. `pad_collate` sees B of them,
 knows from their numbers which batch they are, and gathers that batch once, instead of B times one row.
 """
 
+import mmap
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
@@ -21,6 +24,7 @@ from rlfeed.nest import Nest, map_nest
 from rlfeed.replay.buffer import ReplayBuffer
 from rlfeed.replay.limiter import Limiter
 from rlfeed.replay.samplers import stream_key
+from rlfeed.replay.storage import Memory
 from rlfeed.replay.units import Unit
 from rlfeed.types import Batch
 
@@ -60,28 +64,62 @@ class ReplayDataset(IterableDataset[Any]):
             raise ConfigError(f"ReplayDataset: seed is {seed}; expected at least 0.")
         if limiter is not None:
             raise UnsupportedError(f"ReplayDataset: limiter is {limiter}; expected None in this version.")
+        self._turns = _Turns()
         buffer.reader(unit)  # refuses a unit that does not fit, now rather than in a worker
         self.buffer, self.unit, self.batch_size, self.transform, self.seed = buffer, unit, batch_size, transform, seed
-        self._first_draw = 0
+        self._first = (0, 0)
 
     def __iter__(self) -> Iterator[Any]:
         return _Stream(self)
 
     def state_dict(self) -> dict[str, int]:
-        """Give the number of the draw with which the next iterator begins.
+        """Give where the next iterator begins.
 
         Returns:
-            ``{"draw": n}``. torch shows nobody a delivery: set it to batches received x batch size.
+            ``{"turn": i, "draw": n}``: how many iterators came before it, and its first draw. torch shows nobody a
+            delivery: to go on within a turn, set ``draw`` to batches received x batch size.
         """
-        return {"draw": self._first_draw}
+        turn = self._turns.upcoming()
+        return {"turn": turn, "draw": self._first[1] if turn == self._first[0] else 0}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Begin the next iterator with another draw.
+        """Begin the next iterator elsewhere.
 
         Args:
-            state: ``{"draw": n}``, n a multiple of the batch size.
+            state: ``{"draw": n}``, n a multiple of the batch size, and perhaps ``"turn"`` (else 0).
         """
-        self._first_draw = int(state["draw"])
+        self._first = (int(state.get("turn", 0)), int(state["draw"]))
+        self._turns.restart(self._first[0])
+
+
+class _Turns:
+    """Number the iterators over a dataset, in whatever processes they live: each turn has draws of its own.
+
+    Without it, a loop that begins a new iterator every epoch would be given the same draws every epoch. The workers of
+    one turn agree on its number through two shared words; torch gives them a seed that tells turns apart.
+    """
+
+    def __init__(self) -> None:
+        self._memory = Memory("shared", mmap.PAGESIZE)
+        self._mine = 0
+        self.restart(0)
+
+    def _words(self) -> np.ndarray:
+        return self._memory.bytes[:16].view(np.int64)
+
+    def begin(self, identity: int) -> int:
+        words = self._words()
+        with self._memory.locked():
+            if words[0] != identity or words[1] == self._mine:  # nobody of this turn has been here yet
+                words[:] = identity, words[1] + 1
+            self._mine = int(words[1])
+        return self._mine - 1
+
+    def restart(self, turn: int) -> None:
+        self._words()[:] = -1, turn
+
+    def upcoming(self) -> int:
+        return int(self._words()[1])
 
 
 class _Stream:
@@ -97,8 +135,9 @@ class _Stream:
                 "ReplayDataset: the buffer has storage='private' and the DataLoader has workers; expected storage that "
                 "workers see grow. Use storage='shared', or num_workers=0."
             )
-        self.first_draw = dataset._first_draw
-        self.key = stream_key(dataset.seed, "loader")
+        turn = dataset._turns.begin(worker.seed - worker.id if worker else 0)
+        self.first_draw = dataset._first[1] if turn == dataset._first[0] else 0
+        self.key = stream_key(dataset.seed, "loader", turn=turn)
         self.reader = dataset.buffer.reader(dataset.unit)
         self._next = 0
 

@@ -45,7 +45,7 @@ class ReplayLoader(DataLoader[Any]):
         self._delivered = 0
 
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self._draws.load_state_dict(self.state_dict())
+        self._draws.load_state_dict(self.state_dict())  # one stream of draws, however many iterators
         for batch in super().__iter__():
             self._delivered += len(batch)
             yield batch

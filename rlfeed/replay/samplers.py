@@ -55,16 +55,17 @@ class Mixture:
 Sampler = Uniform | Prioritized | Recent | Mixture
 
 
-def stream_key(seed: int, stream: Stream, rank: int = 0) -> int:
+def stream_key(seed: int, stream: Stream, rank: int = 0, turn: int = 0) -> int:
     """Derive the Philox key of one stream of draws: the same seed never gives two streams the same draws.
 
     Args:
         seed: The run's seed, >= 0.
         stream: Which stream of that seed.
         rank: Which of several learners, >= 0.
+        turn: Which pass over a dataset, >= 0.
 
     Returns:
         64 bits, as int64.
     """
-    words = np.random.SeedSequence((seed, _STREAMS[stream], rank)).generate_state(1, np.uint64)
+    words = np.random.SeedSequence((seed, _STREAMS[stream], rank, turn)).generate_state(1, np.uint64)
     return int(words.view(np.int64)[0])

@@ -6,11 +6,14 @@ The small fields of a row lie side by side in one record (one memory access a ro
 a column of its own. See docs/adr/0001-lanes-with-closing-rows.md.
 """
 
+import fcntl
 import mmap
 import multiprocessing.reduction as reduction
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -81,6 +84,15 @@ class Memory:
             self._mmap = mmap.mmap(self._fd, self.nbytes)
         self.bytes = np.frombuffer(self._mmap, np.uint8)
         self.address = self.bytes.ctypes.data
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of a block of code that uses this memory; a killed process leaves no lock behind."""
+        fcntl.lockf(self._fd, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN)
 
     def __getstate__(self) -> dict[str, Any]:
         if self.kind == "private":

@@ -16,11 +16,9 @@ def write_for_ever(buffer, ready):
     while True:
         first, last = index == 0, index == 6
         observation = np.full((1, WIDTH), step, np.float32)
+        action, reward, no = np.array([step % 7]), np.array([step], np.float32), np.array([False])
         buffer.add(
-            Step(
-                observation, np.array([step % 7]), np.array([step], np.float32), observation + 1,
-                np.array([last]), np.array([False]), is_first=np.array([first]),
-            )  # fmt: skip
+            Step(observation, action, reward, observation + 1, np.array([last]), no, is_first=np.array([first]))
         )
         step, index = step + 1, 0 if last else index + 1
         if step == 200:

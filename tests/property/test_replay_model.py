@@ -72,7 +72,8 @@ def check_transitions(batch, twin, unit):
         assert np.array_equal(batch.observation["image"][i], image(expected["observation"]))
         assert batch.action[i] == expected["action"]
         assert batch.reward[i].item() == pytest.approx(expected["reward"], rel=1e-6)
-        assert (batch.terminated[i].item(), batch.truncated[i].item()) == (expected["terminated"], expected["truncated"])
+        assert batch.terminated[i] == expected["terminated"]
+        assert batch.truncated[i] == expected["truncated"]
         assert batch.discount[i].item() == pytest.approx(expected["discount"], rel=1e-6)
 
 

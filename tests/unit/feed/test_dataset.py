@@ -27,13 +27,9 @@ def make_buffer(steps=300, **options):
 def extend(buffer, begin, steps, length=7):
     for i in range(begin, begin + steps):
         index = i % length
-        buffer.add(
-            Step(
-                np.full((1, 2), i, np.float32), np.array([i % 5]), np.array([i], np.float32),
-                np.full((1, 2), i + 1, np.float32), np.array([index == length - 1]), np.array([False]),
-                is_first=np.array([index == 0]),
-            )  # fmt: skip
-        )
+        here, there = np.full((1, 2), i, np.float32), np.full((1, 2), i + 1, np.float32)
+        last, no, first = np.array([index == length - 1]), np.array([False]), np.array([index == 0])
+        buffer.add(Step(here, np.array([i % 5]), np.array([i], np.float32), there, last, no, is_first=first))
 
 
 def take(loader, count):
@@ -48,9 +44,11 @@ def take(loader, count):
 def test_batches_on_a_buffer_at_rest_do_not_depend_on_level_or_workers(unit, num_workers):
     buffer = make_buffer()
     expected = take(make_loader(buffer, unit, batch_size=8, seed=3), 7)
-    plain = DataLoader(ReplayDataset(buffer, unit, seed=3), batch_size=8, collate_fn=pad_collate, num_workers=num_workers)
+    dataset = ReplayDataset(buffer, unit, seed=3)
+    plain = DataLoader(dataset, batch_size=8, collate_fn=pad_collate, num_workers=num_workers)
+    again = DataLoader(ReplayDataset(buffer, unit, seed=3), batch_size=8, collate_fn=pad_collate)
     whole = DataLoader(ReplayDataset(buffer, unit, batch_size=8, seed=3), batch_size=None, num_workers=num_workers)
-    for loader in (plain, whole, DeviceFeed(plain, "cpu")):
+    for loader in (plain, whole, DeviceFeed(again, "cpu")):
         for batch, wanted in zip(take(loader, 7), expected, strict=True):
             assert type(batch) is Batch
             assert_same(batch, wanted)
@@ -92,7 +90,8 @@ def test_collate_gathers_a_batch_once(monkeypatch):
 def test_draws_of_all_workers_are_each_number_once():
     """Batch b holds draws bB .. bB+B-1, whoever makes it: 2 workers' ids are 0 workers' ids, in order."""
     buffer = make_buffer()
-    one = torch.cat([b.ids for b in take(DataLoader(ReplayDataset(buffer, Transition()), batch_size=4, collate_fn=pad_collate), 12)])
+    small = DataLoader(ReplayDataset(buffer, Transition()), batch_size=4, collate_fn=pad_collate)
+    one = torch.cat([batch.ids for batch in take(small, 12)])
     whole = take(DataLoader(ReplayDataset(buffer, Transition()), batch_size=48, collate_fn=pad_collate), 1)[0].ids
     assert torch.equal(one, whole)
 
@@ -106,6 +105,38 @@ def test_state_next_iterator_goes_on_where_the_state_says():
         loader = DataLoader(resumed, batch_size=4, collate_fn=pad_collate, num_workers=num_workers)
         for batch, wanted in zip(take(loader, 4), straight[5:], strict=True):
             assert_same(batch, wanted)
+
+
+def ids_of(loader, count=3):
+    return [batch.ids.tolist() for batch in take(loader, count)]
+
+
+def test_each_new_iterator_has_draws_of_its_own_for_any_number_of_workers():
+    buffer = make_buffer()
+    turns = {}
+    for num_workers, persistent in ((0, False), (2, False), (2, True)):
+        loader = DataLoader(
+            ReplayDataset(buffer, Transition(), seed=1), batch_size=8, collate_fn=pad_collate, num_workers=num_workers,
+            persistent_workers=persistent,
+        )  # fmt: skip
+        turns[num_workers, persistent] = [ids_of(loader) for _ in range(3)]
+        del loader
+    assert turns[0, False] == turns[2, False] == turns[2, True]
+    assert len({str(turn) for turn in turns[0, False]}) == 3
+
+
+def test_state_of_a_later_turn_can_be_resumed():
+    buffer = make_buffer()
+    dataset = ReplayDataset(buffer, Transition())
+    loader = DataLoader(dataset, batch_size=8, collate_fn=pad_collate)
+    take(loader, 2)
+    assert dataset.state_dict() == {"turn": 1, "draw": 0}
+    second = ids_of(loader, 4)
+    again = ReplayDataset(buffer, Transition())
+    again.load_state_dict({"turn": 1, "draw": 16})
+    loader = DataLoader(again, batch_size=8, collate_fn=pad_collate)
+    assert ids_of(loader, 2) == second[2:]
+    assert again.state_dict() == {"turn": 2, "draw": 0}
 
 
 def test_other_collates_get_plain_samples():
@@ -145,13 +176,14 @@ def test_transform_acts_on_the_batch_at_every_level():
 
 def test_empty_buffer_in_this_process_says_how_many_steps_to_collect():
     loader = DataLoader(ReplayDataset(make_buffer(steps=0), Transition()), batch_size=4, collate_fn=pad_collate)
-    with pytest.raises(errors.NotEnoughDataError, match="holds 0 steps.*Collect more steps first"):
+    with pytest.raises(errors.NotEnoughDataError, match=r"holds 0 steps.*Collect more steps first"):
         next(iter(loader))
 
 
 def test_empty_buffer_in_a_worker_waits_for_the_first_steps():
     buffer = make_buffer(steps=0)
-    iterator = iter(DataLoader(ReplayDataset(buffer, Transition()), batch_size=4, collate_fn=pad_collate, num_workers=1))
+    dataset = ReplayDataset(buffer, Transition())
+    iterator = iter(DataLoader(dataset, batch_size=4, collate_fn=pad_collate, num_workers=1))
     extend(buffer, 0, 20)
     assert next(iterator).reward.max() < 20
     del iterator
@@ -162,7 +194,7 @@ def test_empty_buffer_in_a_worker_gives_up_with_what_it_waited_for(monkeypatch):
     loader = DataLoader(
         ReplayDataset(make_buffer(steps=0), Episode()), batch_size=4, collate_fn=pad_collate, num_workers=1
     )
-    with pytest.raises(errors.FeedTimeoutError, match="waited 0 s for data.*at least one episode that has ended"):
+    with pytest.raises(errors.FeedTimeoutError, match=r"waited 0 s for data.*at least one episode that has ended"):
         next(iter(loader))
 
 

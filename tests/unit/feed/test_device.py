@@ -113,7 +113,7 @@ def test_choose_device_nonsense_is_refused(name):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_choose_device_cuda_where_there_is_none_says_so():
-    with pytest.raises(errors.DeviceError, match="is 'cuda', but torch finds .* here"):
+    with pytest.raises(errors.DeviceError, match=r"is 'cuda', but torch finds .* here"):
         choose_device("cuda")
 
 

@@ -78,7 +78,7 @@ def test_dtypes_nested_spaces_are_kept():
 
 def test_fields_of_a_batch_are_dense_aligned_and_in_one_block():
     batch = filled()[0].sample(7, Episode())
-    tensors = [batch.observation["vector"], batch.observation["image"], batch.action, batch.reward, batch.mask, batch.ids]
+    tensors = [*batch.observation.values(), batch.action, batch.reward, batch.mask, batch.ids]
     begin, end = batch._block.data_ptr(), batch._block.data_ptr() + batch._block.numel()
     for tensor in tensors:
         assert tensor.is_contiguous()
