@@ -176,7 +176,7 @@ class VectorEnvs:
         acted = self._ids
         observation, reward, terminated, truncated, infos = self._envs.step(self._spread(action))
         observation = self._own(observation)
-        terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
+        terminated, truncated = self._flags("terminated", terminated), self._flags("truncated", truncated)
         ended = terminated | truncated
         successor = observation
         self._resetting = np.zeros(self.num_envs, bool)
@@ -212,7 +212,7 @@ class VectorEnvs:
         mask = None
         if self._masked:
             given = infos.get("action_mask", [None] * self.num_envs)
-            mask = stack_masks(given, self.action_space, self._where)
+            mask = stack_masks(list(given), self.action_space, self._where)
         if not self._resetting.any():
             self._ids = self._all
             return Ready(self._all, observation, mask)
@@ -245,6 +245,15 @@ class VectorEnvs:
         for (_, target), (_, part) in zip(leaves(successor), leaves(stacked), strict=True):
             target[rows] = part
         return successor
+
+    def _flags(self, name: str, values: Any) -> Bool[ndarray, " N"]:
+        flags = np.array(values)
+        if flags.dtype != bool or flags.shape != (self.num_envs,):
+            raise EnvContractError(
+                f"{self.name}: {name} is {flags.dtype} of shape {flags.shape}; expected bool of shape "
+                f"({self.num_envs},). Return that from step()."
+            )
+        return flags
 
     def _own(self, observation: Nest) -> Nest:
         observation = self._check.batch(observation, self._where)

@@ -6,6 +6,7 @@ import gymnasium
 import numpy as np
 
 from rlfeed.envs.boundary import ObservationCheck
+from rlfeed.errors import EnvFailedError
 from rlfeed.nest import map_nest
 
 EPISODES_OPTION = "rlfeed.episodes"
@@ -23,6 +24,22 @@ def episode_seed(seed: int, env_id: int, episode: int) -> int:
         31 bits: every library's generator takes them, also those that add a little to their seed.
     """
     return int(np.random.SeedSequence((seed, env_id, episode)).generate_state(1)[0] >> 1)
+
+
+def failed(where: str, call: str, error: Exception) -> EnvFailedError:
+    """Say that an environment raised.
+
+    Args:
+        where: Which environment and step.
+        call: What was called.
+        error: What it raised.
+
+    Returns:
+        The error to raise from it.
+    """
+    return EnvFailedError(
+        f"{where}: {call} raised {type(error).__name__}: {error}. Mend the environment; its own traceback is above."
+    )
 
 
 class NumberedEpisodes(gymnasium.Wrapper):
@@ -61,9 +78,11 @@ class NumberedEpisodes(gymnasium.Wrapper):
         self._seed = run_seed
         self._episode = self._episode + 1 if first_episodes is None else int(first_episodes[self._env_id])
         self._length = 0
-        observation, info = self.env.reset(
-            seed=episode_seed(run_seed, self._env_id, self._episode), options=options or None
-        )
+        seed = episode_seed(run_seed, self._env_id, self._episode)
+        try:
+            observation, info = self.env.reset(seed=seed, options=options or None)
+        except Exception as error:
+            raise failed(self._where(0), f"reset(seed={seed})", error) from error
         return self._checked(observation), info
 
     def step(self, action: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -76,7 +95,10 @@ class NumberedEpisodes(gymnasium.Wrapper):
             Observation, reward, terminated, truncated and info.
         """
         self._length += 1
-        observation, reward, terminated, truncated, info = self.env.step(action)
+        try:
+            observation, reward, terminated, truncated, info = self.env.step(action)
+        except Exception as error:
+            raise failed(self._where(0), f"step({action!r})", error) from error
         return self._checked(observation), reward, terminated, truncated, info
 
     def _checked(self, observation: Any) -> Any:

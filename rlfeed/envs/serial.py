@@ -8,8 +8,8 @@ import numpy as np
 
 from rlfeed.envs.autoreset import Outcome, Ready
 from rlfeed.envs.boundary import ObservationCheck, check_flags, check_rewards, stack_masks
-from rlfeed.envs.seeds import episode_seed
-from rlfeed.errors import ConfigError, EnvContractError, EnvFailedError
+from rlfeed.envs.seeds import episode_seed, failed
+from rlfeed.errors import ConfigError, EnvContractError
 from rlfeed.nest import Nest, leaves, map_nest
 
 
@@ -76,18 +76,19 @@ class SerialEnvs:
             try:
                 results.append(env.step(act))
             except Exception as error:
-                raise self._failed(len(results), f"step({act!r})", error) from error
+                raise failed(self._place(len(results)), f"step({act!r})", error) from error
         try:
             observations, rewards, terminated, truncated, infos = zip(*results, strict=True)
         except (TypeError, ValueError):
             raise self._wrong_results(results) from None
         reward = check_rewards(rewards, self._where)
-        flags = [check_flags("terminated", terminated, self._where), check_flags("truncated", truncated, self._where)]
+        terminations = check_flags("terminated", terminated, self._where)
+        truncations = check_flags("truncated", truncated, self._where)
         successor = observation = self._check.stack(observations, self._where)
         if True in terminated or True in truncated:
             rows = [row for row in range(self.num_envs) if terminated[row] or truncated[row]]
             observation, infos = self._with_firsts(successor, list(infos), rows)
-        return Outcome(successor, reward, *flags, self._ready(observation, infos))
+        return Outcome(successor, reward, terminations, truncations, self._ready(observation, infos))
 
     def close(self) -> None:
         """Close every environment."""
@@ -120,7 +121,7 @@ class SerialEnvs:
             try:
                 result = self._envs[row].reset(seed=seed)
             except Exception as error:
-                raise self._failed(row, f"reset(seed={seed})", error) from error
+                raise failed(self._where(row), f"reset(seed={seed})", error) from error
             if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
                 raise EnvContractError(
                     f"{self._where(row)}: reset() returned {_outline(result)}; expected the pair (observation, info), "
@@ -134,12 +135,8 @@ class SerialEnvs:
         step = self._clock - self._began[row]
         return f"{self.name}: env {row} of {self.num_envs}, step {step} of its episode {self._episodes[row]}"
 
-    def _failed(self, row: int, call: str, error: Exception) -> EnvFailedError:
-        seed = episode_seed(self._seed, row, self._episodes[row])
-        return EnvFailedError(
-            f"{self._where(row)} (seed {seed}): {call} raised {type(error).__name__}: {error}. "
-            "Its own traceback is above."
-        )
+    def _place(self, row: int) -> str:
+        return f"{self._where(row)} (seed {episode_seed(self._seed, row, self._episodes[row])})"
 
     def _wrong_results(self, results: list[Any]) -> EnvContractError:
         row = next((i for i, result in enumerate(results) if not isinstance(result, tuple) or len(result) != 5), 0)

@@ -168,7 +168,7 @@ def load_file(path: str) -> ModuleType:
     sys.path.insert(0, str(file.parent))  # as `python file.py` does: the file may import its neighbours
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without a guard may call sys.exit
         del sys.modules[name]
         raise EnvMakeError(_import_failed(path, error)) from error
     finally:

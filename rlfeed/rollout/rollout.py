@@ -1,7 +1,7 @@
 """The iterator through environments: a policy's outputs are fed back as its next inputs."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import gymnasium
 import numpy as np
@@ -22,6 +22,7 @@ MODES = ("explore", "greedy", "random")
 STREAM = 1  # the rollout's generator, apart from every other stream of the same seed
 
 
+@runtime_checkable
 class Buffer(Protocol):
     """Take steps, as `ReplayBuffer` does."""
 
@@ -111,8 +112,8 @@ class Rollout:
             prev_action = reset_rows(prev_action, is_first, self._actions.zeros(1))
             prev_reward = np.where(is_first, np.float32(0), prev_reward)
         mask = ready.action_mask
-        if mask is None and isinstance(ready.observation, dict):
-            mask = ready.observation.get("action_mask")
+        if mask is None and isinstance(ready.observation, dict) and "action_mask" in ready.observation:
+            mask = ready.observation["action_mask"].astype(bool)
         context = self._context = PolicyContext(
             is_first, self._mode, ids, self.env_steps, prev_action, prev_reward, mask, self._generator
         )

@@ -34,6 +34,16 @@ class Scripted(gymnasium.Env):
         return out
 
 
+RAISES_AT_THREE = """
+from rlfeed.testing import ConstantRewardEnv
+class Dies(ConstantRewardEnv):
+    def step(self, action):
+        if self._step == 2:
+            raise KeyError("three")
+        return super().step(action)
+"""
+
+
 def problem(env, steps=3, beside=0, error=EnvContractError):
     envs = SerialEnvs([*(Scripted(env.observation_space, env.first, [good(env.first)]) for _ in range(beside)), env])
     rollout = Rollout(envs, lambda o: np.zeros(envs.num_envs, np.int64))
@@ -170,6 +180,27 @@ def test_sync_vector_mode_refuses_the_same_observations():
     envs.reset(0, [0, 0])
     with pytest.raises(EnvContractError, match="env 0 of 2, step 1 of its episode 0: observation has dtype float64"):
         envs.step(np.zeros(2, np.int64))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Gymnasium logs a worker's error as a warning
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_vector_modes_step_that_raises_says_where(mode, tmp_path):
+    (tmp_path / "dies.py").write_text(RAISES_AT_THREE)
+    rollout = Rollout(make_envs(f"{tmp_path}/dies.py", 2, mode=mode), lambda o: np.zeros(2, np.int64))
+    with pytest.raises(EnvFailedError, match=r"env \d of 2, step 3 of its episode 0: step\(.*raised KeyError: 'three'"):
+        list(itertools.islice(rollout, 5))
+    rollout.close()
+
+
+def test_vector_envs_flags_that_are_no_bools_are_refused():
+    class Integers(gymnasium.vector.VectorWrapper):
+        def step(self, actions):
+            observation, reward, terminated, truncated, infos = super().step(actions)
+            return observation, reward, terminated.astype(int), truncated, infos
+
+    vector = Integers(gymnasium.vector.SyncVectorEnv([lambda: Scripted(steps=[good(FINE)])]))
+    with pytest.raises(EnvContractError, match=r"terminated is int64 of shape \(1,\); expected bool"):
+        next(Rollout(vector, lambda o: np.zeros(1, np.int64)))
 
 
 def test_vector_envs_reward_not_finite_names_the_row():
