@@ -129,7 +129,8 @@ class StepWriter:
             f"has {lane}; expected 0 .. {self._storage.lanes - 1}",
             f"has {lane} twice; expected each environment once in a step",
             f"has {lane} with is_first False, but no episode is open in that lane; expected is_first True on the first "
-            "step after an end. Set is_first where an episode begins",
+            "step stored and on the first after an end. Store a rollout from its beginning; in a loop of your own set "
+            "is_first where an episode begins",
         )[cause]
         return LaneError(f"ReplayBuffer.add: row {row}: env_ids {reason}. Nothing was stored.")
 
