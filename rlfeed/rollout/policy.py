@@ -63,7 +63,7 @@ class ModulePolicy:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._parts = list(module.modules())
+        self._parts = list(module.modules())  # listed once: walking the tree costs as much as a small forward pass
         self._parameter = next(module.parameters(), None)
         self._recurrent = hasattr(module, "initial_carry")
 
