@@ -3,6 +3,7 @@
 The docstrings are the command line's help, and the fields are the keys of a run's ``config.json``.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -14,9 +15,10 @@ from rlfeed.train.loop import Agent, LoopConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgentConfig:
+class AgentConfig(ABC):
     """Hold an algorithm's settings; each agent has a subclass."""
 
+    @abstractmethod
     def build(
         self, observation_space: Any, action_space: Any, *, total_steps: int, seed: int, device: torch.device
     ) -> Agent:
@@ -35,7 +37,6 @@ class AgentConfig:
         Raises:
             SpaceError: If the agent cannot play these spaces.
         """
-        raise ConfigError("agent: is the base of all agents' settings; expected one agent's. Start from a preset.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class TrainConfig(LoopConfig):
     """
 
     env: EnvConfig = field(default_factory=EnvConfig)
-    agent: AgentConfig = field(default_factory=AgentConfig)
+    agent: AgentConfig
     seed: int = 0
     device: str = "auto"
     run_dir: str | None = None

@@ -63,6 +63,8 @@ def guarded(run: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
             print(request.code, file=sys.stderr)
             return 1
         return request.code or 0
+    except KeyboardInterrupt:  # before the run began: there is nothing to save
+        return 130
 
 
 def split_preset(args: Sequence[str]) -> tuple[str | None, list[str]]:

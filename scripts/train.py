@@ -168,7 +168,7 @@ def _resume(path: Path, preset: str, config: TrainConfig, dry_run: bool) -> int:
         run.close()
         raise RunDirectoryError(
             f"--resume {path}: is DONE at env step {checkpoint.env_steps} of {config.total_steps}; expected steps "
-            f"left to train. Extend it with --total-steps {2 * config.total_steps}."
+            f"left to train. Extend it with --total-steps {2 * checkpoint.env_steps}."
         )
     buffer = ReplayBuffer.load(checkpoint.path / "replay")
     return _train(run, config, parts, buffer, checkpoint)

@@ -6,6 +6,7 @@ What is done next depends on two counters alone, env_steps and updates, so a res
 """
 
 import math
+import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -25,6 +26,9 @@ from rlfeed.train.checkpoint import Checkpoint, Checkpoints
 from rlfeed.train.evaluate import Evaluation
 from rlfeed.train.schedule import Rounds
 from rlfeed.types import Batch, Logger, Policy, PolicyContext, PolicyOutput
+
+# Of workers. Not fork: this process has threads. Not forkserver: its children outlive a killed learner.
+_START = "spawn"
 
 
 class Agent(Protocol):
@@ -163,6 +167,8 @@ class OffPolicyLoop:
             batch_size=config.batch_size,
             collate_fn=pad_collate,
             num_workers=config.num_workers,
+            multiprocessing_context=_START if config.num_workers else None,
+            worker_init_fn=_ignore_interrupts,
             generator=torch.Generator().manual_seed(seed),  # torch's global one is not ours to advance
         )
         self._feed: DeviceFeed | None = None
@@ -325,6 +331,11 @@ class OffPolicyLoop:
         for tag, value in scalars.items():
             self.logger.scalar(tag, value, env_steps)
         self._means, self._logged_s, self._logged = _Means(), now_s, marks
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C, which the terminal sends to workers too, to the learner: it still needs them to finish its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Means:
