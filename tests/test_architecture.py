@@ -282,7 +282,6 @@ def test_modules_import_each_other_without_cycles():
         ("numba", lambda path: module_of(path).startswith("rlfeed.replay.kernels")),
         ("gymnasium", lambda path: unit_of(module_of(path)) in GYMNASIUM),
         ("tensorboard", lambda path: False),
-        ("fcntl", lambda path: module_of(path) == "rlfeed.train.lock"),
     ],
 )
 def test_package_is_imported_only_where_it_belongs(package, allowed):
