@@ -197,21 +197,21 @@ class Rollout:
         """
         return self._episodes(quotas(positive("Rollout.episodes: n", n), self.num_envs, per_env))
 
-    def blocks(self, length: int) -> Iterator[Batch]:
+    def blocks(self, T: int) -> Iterator[Batch]:  # noqa: N803 - the axis is called T everywhere
         """Cut the steps of all environments into blocks, for learners that learn from what one policy did.
 
         Args:
-            length: T, steps per environment and block.
+            T: Steps per environment and block.
 
         Returns:
             An endless iterator over `Batch` ``[N, T]``: ``observation[:, t + 1]`` is what was acted on after step t;
             where an episode ended, its ``final_observation`` ``[K, ...]`` stands at ``final_index`` ``[K, 2]``.
 
         Raises:
-            ConfigError: If ``length`` is no positive integer.
+            ConfigError: If ``T`` is no positive integer.
             UnsupportedError: While iterating, if the environments are not in step (NEXT_STEP autoreset).
         """
-        return self._blocks(positive("Rollout.blocks: length", length))
+        return self._blocks(positive("Rollout.blocks: T", T))
 
     def restart(self) -> None:
         """Let every environment begin its next episode with the next step; running episodes are cut."""
