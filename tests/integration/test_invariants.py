@@ -1,4 +1,4 @@
-"""I1, I2, I3, I8 and I9 over the whole path: every autoreset mode, a buffer wrapped several times, torch's DataLoader."""
+"""I1, I2, I3, I8 and I9 over the whole path: every autoreset mode, a buffer wrapped several times, a DataLoader."""
 
 import itertools
 
@@ -71,12 +71,9 @@ def test_every_stored_step_arrives_exactly_as_the_environment_gave_it(layout, nu
     seen = set()
     for batch in itertools.islice(loader, 12 * num_envs):
         for i in range(64):
-            seen.add(
-                check_step(
-                    part(batch.observation)[i], part(batch.next_observation)[i], batch.action[i].item(),
-                    batch.reward[i].numpy(), batch.terminated[i].item(), batch.truncated[i].item(),
-                )  # fmt: skip
-            )
+            vectors = part(batch.observation)[i], part(batch.next_observation)[i]
+            flags = batch.terminated[i].item(), batch.truncated[i].item()
+            seen.add(check_step(*vectors, batch.action[i].item(), batch.reward[i].numpy(), *flags))
         assert torch.equal(batch.discount, torch.where(batch.terminated, 0.0, torch.tensor(0.9)))
         if observation == "dict":
             numbers = part(batch.next_observation).long()
