@@ -15,7 +15,7 @@ from rlfeed.nest import Nest, Path, build, map_nest
 Mode = Literal["explore", "greedy", "random"]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)  # not frozen: that would cost 2 us more for every step
 class Step:
     """Hold one step of up to N environments: k <= N rows, of the environments ``env_ids``.
 
@@ -293,7 +293,7 @@ def _rebuild(values: dict[str, Any]) -> Batch:
     return Batch(**values)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class PolicyContext:
     """Tell a policy what it may need beside the observation.
 
@@ -318,7 +318,7 @@ class PolicyContext:
     generator: np.random.Generator
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class PolicyOutput:
     """Hold what a policy decided for k rows.
 
