@@ -31,7 +31,7 @@ test-slow: $(VENV)/dev.stamp
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 tensorboard: $(VENV)/cli.stamp
 	$(BIN)/tensorboard --logdir runs $(ARGS)
