@@ -26,7 +26,7 @@ class CommandLine:
         device: Where the policy computes: cpu, cuda, cuda:N, mps, or auto (cuda, then mps, then cpu).
     """
 
-    run_dir: Annotated[str, tyro.conf.Positional]
+    run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     episodes: int = 20
     seed: int | None = None
     device: str = "auto"
