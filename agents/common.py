@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from gymnasium import spaces
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from rlfeed import specs
@@ -150,7 +150,8 @@ class _Flat(nn.Module):
         self.scale = _scale(space) if space.dtype == "uint8" else 1.0
 
     def forward(self, value: Tensor) -> Float[Tensor, "B features"]:
-        return value.reshape(len(value), -1).float() * self.scale
+        flat = value.reshape(len(value), -1).float()
+        return flat if self.scale == 1.0 else flat * self.scale
 
 
 class _OneHot(nn.Module):
@@ -163,7 +164,7 @@ class _OneHot(nn.Module):
         self.offset: Tensor
         self.register_buffer("offset", first - torch.tensor(starts), persistent=False)
 
-    def forward(self, value: Int[Tensor, "B ..."]) -> Float[Tensor, "B features"]:
+    def forward(self, value: Integer[Tensor, "B ..."]) -> Float[Tensor, "B features"]:
         index = value.reshape(len(value), -1).long() + self.offset
         return torch.zeros(len(value), self.features, device=value.device).scatter_(1, index, 1.0)
 
@@ -186,7 +187,7 @@ class _Image(nn.Module):
         self.convolutions = nn.Sequential(*layers)
         self.features = channels * height * width
 
-    def forward(self, value: Int[Tensor, "B ..."]) -> Float[Tensor, "B features"]:
+    def forward(self, value: Integer[Tensor, "B ..."]) -> Float[Tensor, "B features"]:
         image = value.reshape(len(value), *self.shape).float() * self.scale
         if self.channels_last:
             image = image.permute(0, 3, 1, 2)
