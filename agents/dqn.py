@@ -55,10 +55,10 @@ class DQNConfig(AgentConfig):
         epsilon_fraction: Part of the run's env steps in which exploration falls, above 0 to 1.
     """
 
-    lr: float = 1e-3
+    lr: float = 2e-3
     lr_end: float = 0.0
     gamma: float = 0.99
-    n_step: int = 3
+    n_step: int = 10
     double: bool = True
     dueling: bool = False
     widths: tuple[int, ...] = (128, 128)
