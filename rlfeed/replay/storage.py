@@ -71,7 +71,7 @@ class Memory:
             place = f"on the disk of {path}" if kind == "memmap" else "in memory"
             raise CapacityError(
                 f"ReplayBuffer: needs {_readable(nbytes)}, but {_readable(available)} are free {place}; expected at "
-                f"most 90 % of that. Lower capacity to about {0.9 * available / nbytes:.0%} of what was asked"
+                f"most 90 % of that. Lower capacity to about {0.9 * available / nbytes:.2%} of what was asked"
                 + ("." if kind == "memmap" else ", or use storage='memmap' with a path.")
             )
         self._fd = -1 if kind == "private" else _open_file(kind, nbytes, path)
