@@ -58,7 +58,7 @@ class DQNConfig(AgentConfig):
     lr: float = 2e-3
     lr_end: float = 0.0
     gamma: float = 0.99
-    n_step: int = 10
+    n_step: int = 5
     double: bool = True
     dueling: bool = False
     widths: tuple[int, ...] = (128, 128)

@@ -101,10 +101,10 @@ class LoopConfig:
         log_every: Env steps from one point of the curves to the next.
     """
 
-    total_steps: int = 50_000
+    total_steps: int = 60_000
     learning_starts: int = 1_000
     train_every: int = 64
-    updates_per_round: int = 16
+    updates_per_round: int = 20
     batch_size: int = 256
     capacity: int = 100_000
     num_workers: int = 0
