@@ -1,11 +1,12 @@
 """What environments return is checked here, once, where it enters rlfeed.
 
-Nothing is cast with a loss: integers are cast where every value survives, floats only to a wider type (whether a
-float64 fits float32 would depend on the values that happen to come).
+Nothing is cast with a loss, but for one that half of all environments in the world have: float64 observations under a
+space of float32. They are rounded, and a warning says so, once. Integers are cast where every value survives.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ class _Leaf:
     low: ndarray | None
     high: ndarray | None
     may_be_infinite: bool
+    rounded: set[np.dtype] = field(default_factory=set)  # wider floats that were warned about
 
 
 class ObservationCheck:
@@ -258,6 +260,17 @@ def _fit(leaf: _Leaf, value: Any, where: str) -> ndarray:
     if not exact and array.dtype.kind in "biu" and leaf.dtype.kind in "iu":
         # Compared in Python's integers: NumPy compares uint64 with int64 as floats.
         exact = array.astype(leaf.dtype).tolist() == array.tolist()
+    if not exact and array.dtype.kind == leaf.dtype.kind == "f":
+        if array.dtype not in leaf.rounded:
+            leaf.rounded.add(array.dtype)
+            warnings.warn(
+                f"{where}: {name} has dtype {array.dtype} but its space says {leaf.dtype}: it is rounded to that, in "
+                f"every step. Cast it in reset() and step(), or declare dtype=np.{array.dtype} in observation_space.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        with np.errstate(over="ignore"):  # too large becomes infinite, which is refused by name
+            return array.astype(leaf.dtype)
     if not exact:
         raise EnvContractError(
             f"{where}: {name} has dtype {array.dtype} but its space says {leaf.dtype}. "

@@ -56,10 +56,22 @@ def good(observation):
     return observation, 1.0, False, False, {}
 
 
-def test_observation_float64_for_float32_box_is_refused_with_the_place():
-    text = problem(Scripted(steps=[good(FINE), good(np.zeros(2))]), beside=1)
-    assert "env 1 of 2, step 2 of its episode 0: observation has dtype float64 but its space says float32" in text
-    assert "Cast it in reset() and step(), or declare dtype=np.float64" in text
+def test_observation_float64_for_float32_box_is_rounded_with_one_warning():
+    env = Scripted(steps=[good(FINE), good(np.array([0.1, 2.0])), good(np.array([0.3, 2.0]))])
+    rollout = Rollout(SerialEnvs([env]), lambda o: np.zeros(1, np.int64))
+    with pytest.warns(RuntimeWarning, match="observation has dtype float64 but its space says float32") as caught:
+        steps = list(itertools.islice(rollout, 3))
+    assert len(caught) == 1
+    assert "env 0 of 1, step 2 of its episode 0" in str(caught[0].message)
+    assert "Cast it in reset() and step(), or declare dtype=np.float64" in str(caught[0].message)
+    assert steps[2].observation.dtype == np.float32
+    assert steps[2].observation.tolist() == [[np.float32(0.1), 2.0]]
+
+
+@pytest.mark.filterwarnings("ignore:Scripted")
+def test_observation_float64_too_large_for_float32_is_refused():
+    text = problem(Scripted(steps=[good(np.array([0.0, 1e39]))]))
+    assert "observation[1] is inf, not finite; expected finite numbers" in text
 
 
 def test_observation_wrong_key_names_both_sides():
@@ -176,9 +188,9 @@ def test_rollout_after_a_step_that_raised_begins_the_next_episode():
 
 
 def test_sync_vector_mode_refuses_the_same_observations():
-    envs = make_envs(lambda: Scripted(steps=[good(np.zeros(2))]), 2, mode="sync")
+    envs = make_envs(lambda: Scripted(steps=[good(np.zeros(3, np.float32))]), 2, mode="sync")
     envs.reset(0, [0, 0])
-    with pytest.raises(EnvContractError, match="env 0 of 2, step 1 of its episode 0: observation has dtype float64"):
+    with pytest.raises(EnvContractError, match=r"env 0 of 2, step 1 of its episode 0: observation has shape \(3,\)"):
         envs.step(np.zeros(2, np.int64))
 
 
