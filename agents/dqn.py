@@ -26,14 +26,11 @@ from torch import Tensor, nn
 from agents.common import QNetwork
 from agents.config import AgentConfig, TrainConfig
 from rlfeed.errors import CheckpointError, ConfigError, FieldError, SpaceError
-from rlfeed.log import tags
 from rlfeed.nest import Nest, map_nest
 from rlfeed.replay import Transition
 from rlfeed.rollout import EpsilonGreedy
 from rlfeed.train.schedule import Linear
 from rlfeed.types import Batch, PolicyContext, PolicyOutput
-
-Q_MEAN = tags.register("train/q_mean", "reward", "Mean value of the actions taken, over batches since the last value.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +174,7 @@ class DQN:
         self.updates += 1
         if self.updates % self.config.target_every == 0:
             self.target.load_state_dict(self.network.state_dict())
-        return {"train/loss": loss.detach(), Q_MEAN.name: value.detach().mean(), "train/grad_norm": grad_norm}
+        return {"train/loss": loss.detach(), "train/q_mean": value.detach().mean(), "train/grad_norm": grad_norm}
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Float[Tensor, " B"]:

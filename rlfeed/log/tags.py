@@ -147,6 +147,13 @@ TAGS: dict[str, Tag] = {
             "Grows without end; a small steady rise is normal while returns grow.",
             "Lower the learning rate, clip gradients, update the target network less often.",
         ),
+        Tag(
+            "train/q_mean",
+            "reward",
+            "Mean value of the actions in the batches, since the last value.",
+            "Far above any return there can be: the values chase themselves.",
+            "Use double estimates, update the target network less often, lower the learning rate.",
+        ),
     )
 }
 

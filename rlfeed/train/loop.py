@@ -223,6 +223,7 @@ class OffPolicyLoop:
             DivergedError: If a loss is no longer finite: what is saved would be lost anyway.
         """
         self._means.check(self.env_steps, self.updates)
+        self.logger.flush()  # what was logged before a checkpoint is not logged again after a resume
         self.checkpoints.save(
             self.env_steps,
             {"agent": self.agent.state_dict(), "rollout": self.rollout.state_dict(), "loop": {"updates": self.updates}},

@@ -37,6 +37,9 @@ class Recorder:
     def scalar(self, tag, value, env_steps):
         self.points.setdefault(tag, []).append((env_steps, value))
 
+    def flush(self):
+        self.flushed = {tag: len(points) for tag, points in self.points.items()}
+
     def close(self):
         pass
 
@@ -118,6 +121,8 @@ def test_loop_to_the_end_does_what_is_due_when_it_is_due(tmp_path):
     assert run.logger.points["replay/size"][-1] == (120, 120)
     assert [path.name for path in Checkpoints(tmp_path).paths()] == ["000000000100", "000000000120"]
     assert run.loop.evaluation.mean == 3.0
+    # The last checkpoint came after every point had been flushed: a kill then loses none of them.
+    assert run.logger.flushed == {tag: len(points) for tag, points in run.logger.points.items()}
 
 
 def test_loop_logs_every_episode_where_it_ended(tmp_path):
