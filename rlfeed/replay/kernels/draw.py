@@ -13,15 +13,19 @@ from rlfeed.replay.kernels.rows import (
     LANE_SHIFT,
     LANES,
     NO_START,
+    RECORDS,
     RESERVED,
     ROW_MASK,
     ROWS,
+    STRIDE,
     TRIES,
     closing_row,
     entry_row,
     first_row,
+    is_stale,
     lane_span,
     record_of,
+    slot_of,
 )
 from rlfeed.replay.kernels.words import kernel, load_acquire, load_u8, prefetch
 
@@ -43,6 +47,28 @@ def philox(key: int, number: int, attempt: int) -> int:
         k0 = (k0 + np.uint64(0x9E3779B9)) & mask
         k1 = (k1 + np.uint64(0xBB67AE85)) & mask
     return c0 | (c1 << half)
+
+
+@njit
+def philox_all(key: int, number: int, attempt: int, bits: np.ndarray) -> None:
+    """Draw ``bits[i]`` as `philox` does for ``number + i``: round by round over all of them, which is vector code."""
+    mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    count = len(bits)
+    c1, c2, c3 = np.empty(count, np.uint64), np.empty(count, np.uint64), np.empty(count, np.uint64)
+    for i in range(count):
+        counter = np.uint64(number + i)
+        bits[i], c1[i] = counter & mask, counter >> half
+        c2[i], c3[i] = np.uint64(attempt) & mask, np.uint64(attempt) >> half
+    k0, k1 = np.uint64(key) & mask, np.uint64(key) >> half
+    for _ in range(10):
+        for i in range(count):
+            p0, p1 = np.uint64(0xD2511F53) * (bits[i] & mask), np.uint64(0xCD9E8D57) * (c2[i] & mask)
+            bits[i], c2[i] = (p1 >> half) ^ c1[i] ^ k0, (p0 >> half) ^ c3[i] ^ k1
+            c1[i], c3[i] = p1 & mask, p0 & mask
+        k0 = (k0 + np.uint64(0x9E3779B9)) & mask
+        k1 = (k1 + np.uint64(0xBB67AE85)) & mask
+    for i in range(count):
+        bits[i] |= c1[i] << half
 
 
 @njit
@@ -158,18 +184,26 @@ def draw_steps(
     total = candidates(plan, heads, tails, upto)
     if total == 0:
         return NO_START
-    bits = np.empty(count, np.uint64)
-    for i in range(count):  # a loop of its own: it becomes vector code
-        bits[i] = philox(key, number + i, attempt)
+    rows, records, stride = plan[ROWS], plan[RECORDS], plan[STRIDE]
+    bits, spots = np.empty(count, np.uint64), np.empty(count, np.int64)
+    first = np.empty(lanes, np.int64)
+    for lane in range(lanes):
+        first[lane] = slot_of(plan, tails[lane])
+    philox_all(key, number, attempt, bits)
     for i in range(count):
         index = below(bits[i], total)
         lane = lane_of(upto, index)
         row = heads[lane] - 1 - (upto[lane] - index)
+        slot = first[lane] + row - tails[lane]
+        spots[i] = records + (lane * rows + (slot if slot < rows else slot - rows)) * stride
+        prefetch(spots[i])
         ids[i], limits[i] = (lane << LANE_SHIFT) | row, heads[lane]
-        prefetch(record_of(plan, lane, row))
+    plain = need == 1 and back < 0 and strict == 0
     for i in range(count):
-        retry = 1
-        while not starts_here(plan, ids[i] >> LANE_SHIFT, ids[i] & ROW_MASK, limits[i], need, back, strict):
+        lane, row, retry = ids[i] >> LANE_SHIFT, ids[i] & ROW_MASK, 1
+        if plain and not load_u8(spots[i] + FLAGS) & CLOSING and not is_stale(plan, lane, row):
+            continue
+        while not starts_here(plan, lane, row, limits[i], need, back, strict):
             if retry == TRIES:
                 found = pick_by_count(plan, heads, tails, philox(key, number + i, attempt + TRIES), need, back, strict)
                 if found < 0:
@@ -178,7 +212,8 @@ def draw_steps(
                 break
             index = below(philox(key, number + i, attempt + retry), total)
             lane = lane_of(upto, index)
-            ids[i], limits[i] = (lane << LANE_SHIFT) | (heads[lane] - 1 - (upto[lane] - index)), heads[lane]
+            row = heads[lane] - 1 - (upto[lane] - index)
+            ids[i], limits[i] = (lane << LANE_SHIFT) | row, heads[lane]
             retry += 1
     return count
 

@@ -48,18 +48,14 @@ from rlfeed.replay.kernels.words import (
 
 @njit
 def sum_steps(
-    plan: np.ndarray, identity: int, limit: int, n_step: int, gamma: float, block: int, i: int, out: np.ndarray
+    plan: np.ndarray, base: int, slot: int, steps: int, gamma: float, block: int, i: int, out: np.ndarray
 ) -> int:
-    """Store what is computed for one transition, and give the place of the row after its last step."""
-    lane, row, rows = identity >> LANE_SHIFT, identity & ROW_MASK, plan[ROWS]
-    steps = 1
-    if n_step > 1:
-        steps = max(1, min(n_step, min(closing_row(plan, lane, row, limit), limit - 1) - row))
-    slot, base = slot_of(plan, row), lane * rows
+    """Store what is computed for one transition, and give the slot of the row after its last step."""
+    rows, records, stride, reward = plan[ROWS], plan[RECORDS] + base * plan[STRIDE], plan[STRIDE], plan[REWARD]
     total, weight, flags = np.float64(0.0), np.float64(1.0), np.uint8(0)
     for _ in range(steps):
-        record = plan[RECORDS] + (base + slot) * plan[STRIDE]
-        total += weight * np.float64(load_f32(record + plan[REWARD]))
+        record = records + slot * stride
+        total += weight * np.float64(load_f32(record + reward))
         weight *= gamma
         flags = load_u8(record + FLAGS)
         slot = slot + 1 if slot + 1 < rows else 0
@@ -69,8 +65,7 @@ def sum_steps(
     store_u8(block + out[2] + i, np.uint8(flags & TRUNCATED != 0))
     store_f32(block + out[3] + i * 4, np.float32(0.0) if terminated else np.float32(weight))
     store_f32(block + out[4] + i * 4, np.float32(1.0))
-    store_i64(block + out[5] + i * 8, identity)
-    return base + slot
+    return slot
 
 
 @kernel("int64(int64[::1], int64[:, ::1], int64, int64[::1], int64[::1], float64, int64, int64[::1])")
@@ -99,17 +94,24 @@ def gather_transitions(
     Returns:
         The index of the first row that was overwritten meanwhile, or B.
     """
-    count = len(ids)
+    count, rows, records, stride = len(ids), plan[ROWS], plan[RECORDS], plan[STRIDE]
     here, there = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
     for begin in range(0, count, BLOCK):  # what a block touches stays in the first cache
         size = min(BLOCK, count - begin)
         for i in range(size):
-            here[i] = (ids[begin + i] >> LANE_SHIFT) * plan[ROWS] + slot_of(plan, ids[begin + i] & ROW_MASK)
-            record = plan[RECORDS] + here[i] * plan[STRIDE]
-            for line in range(0, (n_step + 1) * plan[STRIDE], 64):
-                prefetch(record + line)
+            identity = ids[begin + i]
+            store_i64(block + out[5] + (begin + i) * 8, identity)
+            there[i] = slot_of(plan, identity & ROW_MASK)
+            here[i] = (identity >> LANE_SHIFT) * rows + there[i]
+            for line in range(0, (n_step + 1) * stride, 64):
+                prefetch(records + here[i] * stride + line)
         for i in range(size):
-            there[i] = sum_steps(plan, ids[begin + i], limits[begin + i], n_step, gamma, block, begin + i, out)
+            slot, steps = there[i], 1
+            if n_step > 1:
+                lane, row, limit = ids[begin + i] >> LANE_SHIFT, ids[begin + i] & ROW_MASK, limits[begin + i]
+                steps = max(1, min(n_step, min(closing_row(plan, lane, row, limit), limit - 1) - row))
+            base = here[i] - slot
+            there[i] = base + sum_steps(plan, base, slot, steps, gamma, block, begin + i, out)
         for f in range(fields.shape[0]):
             base, pitch, nbytes = fields[f, BASE], fields[f, PITCH], fields[f, NBYTES]
             destination = block + fields[f, OTHER] + begin * nbytes
