@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from rlfeed.errors import FieldError
-from rlfeed.nest import Nest, Path, build, map_nest
+from rlfeed.nest import Nest, Path, build, leaves, map_nest
 
 Mode = Literal["explore", "greedy", "random"]
 
@@ -83,10 +83,11 @@ class Layout:
         nbytes: The block's length in bytes, a multiple of 64.
     """
 
-    __slots__ = ("_dtypes", "_plan", "nbytes", "slots")
+    __slots__ = ("_dtypes", "_plan", "names", "nbytes", "slots")
 
     def __init__(self, slots: tuple[Slot, ...], nbytes: int) -> None:
         self.slots, self.nbytes = slots, nbytes
+        self.names = tuple(dict.fromkeys(slot.name for slot in slots))
         self._dtypes = tuple(dict.fromkeys(slot.dtype for slot in slots))
         self._plan = [
             (s.name, s.path, s.dtype, s.shape, _strides(s.shape), s.offset // s.dtype.itemsize) for s in slots
@@ -178,6 +179,7 @@ class Batch:
     extras: dict[str, Nest] = field(default_factory=dict)
     _block: Tensor | None = field(default=None, init=False, repr=False)
     _layout: Layout | None = field(default=None, init=False, repr=False)
+    _carved: list[Tensor] | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def carve(cls, block: Tensor, layout: Layout, ids: Tensor | None = None) -> "Batch":
@@ -195,9 +197,19 @@ class Batch:
         values = batch.__dict__
         values.update(_BLANK, extras={}, _block=block, _layout=layout)
         layout.fill(values, block)
+        values["_carved"] = _leaves(values, layout)
         if ids is not None:
             values["ids"] = ids
         return batch
+
+    def _whole(self) -> tuple[Tensor, Layout] | None:
+        """Give the block and its layout while they are all there is: a field may have been set or a dict edited."""
+        block, layout = self._block, self._layout
+        if block is None or layout is None or self._carved is None or (self.extras and "extras" not in layout.names):
+            return None
+        now = _leaves(self.__dict__, layout)
+        same = len(now) == len(self._carved) and all(a is b for a, b in zip(now, self._carved, strict=True))
+        return (block, layout) if same else None
 
     def __len__(self) -> int:
         """Count the rows.
@@ -209,8 +221,12 @@ class Batch:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # One tensor crosses a process boundary instead of fifteen: torch's worker queue costs 215 us for each.
-        if self._block is not None and self._layout is not None:
-            return Batch.carve, (self._block, self._layout, self.ids)
+        if whole := self._whole():
+            block, layout = whole
+            ids = self.ids
+            if ids is not None and ids.untyped_storage().data_ptr() == block.untyped_storage().data_ptr():
+                ids = None  # they lie in the block: do not send it twice
+            return Batch.carve, (block, layout, ids)
         return _rebuild, ({f.name: getattr(self, f.name) for f in fields(self) if f.init},)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
@@ -250,8 +266,8 @@ class Batch:
         Returns:
             The copy.
         """
-        if self._block is not None and self._layout is not None:
-            return Batch.carve(copy(self._block), self._layout, self.ids)
+        if whole := self._whole():
+            return Batch.carve(copy(whole[0]), whole[1], self.ids)
         copied = self.map(copy)
         object.__setattr__(copied, "ids", self.ids)
         return copied
@@ -262,8 +278,8 @@ class Batch:
         Returns:
             The pinned batch.
         """
-        if self._block is not None and self._layout is not None:
-            return Batch.carve(self._block.pin_memory(), self._layout)
+        if whole := self._whole():
+            return Batch.carve(whole[0].pin_memory(), whole[1])
         return self.map(lambda tensor: tensor.pin_memory())
 
     def is_pinned(self) -> bool:
@@ -280,10 +296,14 @@ class Batch:
         Returns:
             The copy, with the same layout.
         """
-        if self._block is not None and self._layout is not None:
+        if whole := self._whole():
             ids = None if self.ids is None else self.ids.clone()
-            return Batch.carve(self._block.clone(), self._layout, ids)
+            return Batch.carve(whole[0].clone(), whole[1], ids)
         return self.map(lambda tensor: tensor.clone())
+
+
+def _leaves(values: Mapping[str, Any], layout: Layout) -> list[Tensor]:
+    return [leaf for name in layout.names if name != "ids" for _, leaf in leaves(values[name])]
 
 
 _BLANK = {f.name: f.default for f in fields(Batch) if f.default is not MISSING}

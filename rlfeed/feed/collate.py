@@ -1,6 +1,7 @@
 """Padded collation: samples in, one `Batch` out."""
 
 from collections.abc import Mapping
+from dataclasses import fields as fields_of
 from typing import Any
 
 import numpy as np
@@ -38,12 +39,11 @@ def pad_collate(samples: list[Any]) -> Batch:
         size = len(samples)
         stream, start = first.stream, first.index
         if start % size == 0 and all(
-            type(h) is Handle and h.stream is stream and h.index == start + i for i, h in enumerate(samples)
+            type(h) is Handle and h.stream is stream and h.index == start + i and h.sample is None
+            for i, h in enumerate(samples)
         ):
             return stream.batch(start // size, size)
-    batch = _pad([unbatch(s) if isinstance(s, Batch) else s for s in samples])
-    transform = first.stream.dataset.transform if type(first) is Handle else None
-    return batch if transform is None else transform(batch)
+    return _pad([unbatch(s) if isinstance(s, Batch) else s for s in samples])
 
 
 def _pad(samples: list[Mapping[str, Nest]]) -> Batch:
@@ -52,6 +52,9 @@ def _pad(samples: list[Mapping[str, Nest]]) -> Batch:
             raise FieldError(f"pad_collate: sample {i} is a {type(sample).__name__}; expected a mapping of arrays.")
         if sample.keys() != samples[0].keys():
             raise FieldError(f"pad_collate: sample {i} has {sorted(sample)}; expected {sorted(samples[0])}.")
+    unknown = samples[0].keys() - {f.name for f in fields_of(Batch) if f.init}
+    if unknown:
+        raise FieldError(f"pad_collate: the samples have {sorted(unknown)}; expected those of Batch. Use extras.")
     missing = {"observation", "action", "reward"} - samples[0].keys()
     if missing:
         raise FieldError(f"pad_collate: the samples have no {sorted(missing)}; expected the fields of Batch.")
@@ -61,13 +64,21 @@ def _pad(samples: list[Mapping[str, Nest]]) -> Batch:
     fields: dict[str, Any] = {}
     for name in samples[0]:
         nests = [dict(leaves(sample[name])) for sample in samples]
+        for i, nest in enumerate(nests):
+            if nest.keys() != nests[0].keys():
+                raise FieldError(f"pad_collate: sample {i}: {name} has {list(nest)}; expected {list(nests[0])}.")
         pairs: list[tuple[Path, Tensor]] = []
         for path in nests[0]:
-            parts = [torch.as_tensor(nest[path]) for nest in nests]
+            parts = [_tensor(nest[path]) for nest in nests]
             extra = 1 if name == "observation" else 0
             if sequences and name in (*_PER_STEP, "observation"):
-                pairs.append((path, _pad_rows(describe(name, path), parts, [n + extra for n in lengths])))
+                exact = "lengths" not in samples[0]  # else they are padded already, and longer
+                rows = [n + extra for n in lengths]
+                pairs.append((path, _pad_rows(describe(name, path), parts, rows, exact)))
             else:
+                shapes = [(tuple(part.shape), part.dtype) for part in parts]
+                if len(set(shapes)) > 1:
+                    raise FieldError(f"pad_collate: {describe(name, path)} has {shapes}; expected one shape and dtype.")
                 pairs.append((path, torch.stack(parts)))
         fields[name] = build(pairs)
     fields["reward"] = fields["reward"].float()
@@ -80,15 +91,22 @@ def _pad(samples: list[Mapping[str, Nest]]) -> Batch:
     return Batch(**{"terminated": blank, "truncated": blank, **fields})
 
 
+def _tensor(value: Any) -> Tensor:
+    if isinstance(value, np.ndarray) and not value.flags.writeable:
+        value = value.copy()  # torch would warn
+    return torch.as_tensor(value)
+
+
 def _length(reward: Any) -> int:
     return int(np.shape(reward)[0]) if np.ndim(reward) else 1
 
 
-def _pad_rows(name: str, parts: list[Tensor], rows: list[int]) -> Tensor:
+def _pad_rows(name: str, parts: list[Tensor], rows: list[int], exact: bool) -> Tensor:
     tail, dtype = parts[0].shape[1:], parts[0].dtype
     out = torch.zeros((len(parts), max(rows), *tail), dtype=dtype)
     for i, (part, count) in enumerate(zip(parts, rows, strict=True)):
-        if part.shape[1:] != tail or part.dtype != dtype or len(part) < count:
+        short = len(part) < count or (exact and len(part) > count)
+        if part.shape[1:] != tail or part.dtype != dtype or short:
             raise FieldError(
                 f"pad_collate: sample {i}: {name} has shape {tuple(part.shape)} and dtype {part.dtype}; expected "
                 f"({count}, {', '.join(map(str, tail))}) and {dtype}."

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from rlfeed.errors import ConfigError, FeedTimeoutError, NotEnoughDataError, UnsupportedError
+from rlfeed.errors import ConfigError, FeedTimeoutError, FieldError, NotEnoughDataError, UnsupportedError
 from rlfeed.nest import Nest, map_nest
 from rlfeed.replay.buffer import ReplayBuffer
 from rlfeed.replay.limiter import Limiter
@@ -67,7 +67,6 @@ class ReplayDataset(IterableDataset[Any]):
         self._turns = _Turns()
         buffer.reader(unit)  # refuses a unit that does not fit, now rather than in a worker
         self.buffer, self.unit, self.batch_size, self.transform, self.seed = buffer, unit, batch_size, transform, seed
-        self._first = (0, 0)
 
     def __iter__(self) -> Iterator[Any]:
         return _Stream(self)
@@ -79,8 +78,8 @@ class ReplayDataset(IterableDataset[Any]):
             ``{"turn": i, "draw": n}``: how many iterators came before it, and its first draw. torch shows nobody a
             delivery: to go on within a turn, set ``draw`` to batches received x batch size.
         """
-        turn = self._turns.upcoming()
-        return {"turn": turn, "draw": self._first[1] if turn == self._first[0] else 0}
+        turn, draw = self._turns.upcoming()
+        return {"turn": turn, "draw": draw}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Begin the next iterator elsewhere.
@@ -88,38 +87,48 @@ class ReplayDataset(IterableDataset[Any]):
         Args:
             state: ``{"draw": n}``, n a multiple of the batch size, and perhaps ``"turn"`` (else 0).
         """
-        self._first = (int(state.get("turn", 0)), int(state["draw"]))
-        self._turns.restart(self._first[0])
+        self._turns.restart(int(state.get("turn", 0)), int(state["draw"]))
 
 
 class _Turns:
     """Number the iterators over a dataset, in whatever processes they live: each turn has draws of its own.
 
     Without it, a loop that begins a new iterator every epoch would be given the same draws every epoch. The workers of
-    one turn agree on its number through two shared words; torch gives them a seed that tells turns apart.
+    one turn agree on its number in a page of shared memory; the seed that torch gives them tells them who belongs
+    together, and a turn that has all its workers is joined by nobody else.
     """
+
+    _OPEN = 64  # turns that may be waiting for workers at a time
 
     def __init__(self) -> None:
         self._memory = Memory("shared", mmap.PAGESIZE)
-        self._mine = 0
-        self.restart(0)
+        self.restart(0, 0)
 
-    def _words(self) -> np.ndarray:
-        return self._memory.bytes[:16].view(np.int64)
+    def _page(self) -> np.ndarray:
+        return self._memory.bytes[: (3 + 3 * self._OPEN) * 8].view(np.int64)
 
-    def begin(self, identity: int) -> int:
-        words = self._words()
+    def begin(self, identity: int, workers: int) -> tuple[int, int]:
+        """Give an iterator's turn and its first draw."""
         with self._memory.locked():
-            if words[0] != identity or words[1] == self._mine:  # nobody of this turn has been here yet
-                words[:] = identity, words[1] + 1
-            self._mine = int(words[1])
-        return self._mine - 1
+            page = self._page()
+            turns = page[3:].reshape(-1, 3)  # identity, turn, workers still to come
+            mine = next((line for line in turns if line[0] == identity and line[2] > 0), None)
+            if mine is None:
+                mine = turns[page[0] % self._OPEN]
+                mine[:] = identity, page[0], workers
+                page[0] += 1
+            mine[2] -= 1
+            turn = int(mine[1])
+            return turn, int(page[2]) if turn == page[1] else 0
 
-    def restart(self, turn: int) -> None:
-        self._words()[:] = -1, turn
+    def restart(self, turn: int, draw: int) -> None:
+        with self._memory.locked():
+            self._page()[:] = 0
+            self._page()[:3] = turn, turn, draw  # the next turn; the turn that begins at a draw, and that draw
 
-    def upcoming(self) -> int:
-        return int(self._words()[1])
+    def upcoming(self) -> tuple[int, int]:
+        turn, first, draw = (int(word) for word in self._page()[:3])
+        return turn, draw if turn == first else 0
 
 
 class _Stream:
@@ -135,8 +144,8 @@ class _Stream:
                 "ReplayDataset: the buffer has storage='private' and the DataLoader has workers; expected storage that "
                 "workers see grow. Use storage='shared', or num_workers=0."
             )
-        turn = dataset._turns.begin(worker.seed - worker.id if worker else 0)
-        self.first_draw = dataset._first[1] if turn == dataset._first[0] else 0
+        identity = worker.seed - worker.id if worker else 0
+        turn, self.first_draw = dataset._turns.begin(identity, self.num_workers)
         self.key = stream_key(dataset.seed, "loader", turn=turn)
         self.reader = dataset.buffer.reader(dataset.unit)
         self._next = 0
@@ -159,7 +168,8 @@ class _Stream:
 
     def single(self, index: int) -> Batch:
         """Draw and gather one sample by itself, for a collate function that is not ours."""
-        return self._read(self.first_draw + index * self.num_workers + self.worker, 1)
+        batch = self._read(self.first_draw + index * self.num_workers + self.worker, 1)
+        return batch if self.dataset.transform is None else self.dataset.transform(batch)
 
     def _read(self, number: int, size: int) -> Batch:
         # A block born in shared memory travels to the learner without another copy.
@@ -195,16 +205,16 @@ class Handle(Mapping[str, Any]):
         index: Its place in that share.
     """
 
-    __slots__ = ("_sample", "index", "stream")
+    __slots__ = ("index", "sample", "stream")
 
     def __init__(self, stream: _Stream, index: int) -> None:
         self.stream, self.index = stream, index
-        self._sample: dict[str, Nest] | None = None
+        self.sample: dict[str, Nest] | None = None
 
     def _gathered(self) -> dict[str, Nest]:
-        if self._sample is None:
-            self._sample = unbatch(self.stream.single(self.index))
-        return self._sample
+        if self.sample is None:
+            self.sample = unbatch(self.stream.single(self.index))
+        return self.sample
 
     def __getitem__(self, key: str) -> Any:
         return self._gathered()[key]
@@ -227,6 +237,11 @@ def unbatch(batch: Batch) -> dict[str, Nest]:
 
     Returns:
         Its fields by name, without the batch axis; fields that the unit does not have are left out.
+
+    Raises:
+        FieldError: If it has more rows than one.
     """
+    if len(batch) != 1:
+        raise FieldError(f"pad_collate: got a batch of {len(batch)} rows as a sample; expected batches of one.")
     values = {name: value for name, value in vars(batch).items() if not name.startswith("_") and value is not None}
     return {name: map_nest(lambda tensor: tensor[0], value) for name, value in values.items() if value not in ((), {})}

@@ -145,6 +145,8 @@ class StreamEngine:
         self._side.wait_stream(consumer)
         pinned = source if _is_pinned(source) else _map(source, lambda t: t.pin_memory(), Batch.pin_memory)
 
+        current = torch.accelerator.current_device_index()
+
         def copy(tensor: Tensor) -> Tensor:
             target = torch.empty_like(tensor, device=self._device)
             self._side.wait_stream(consumer)
@@ -153,6 +155,7 @@ class StreamEngine:
                 return target.copy_(tensor, non_blocking=True)
             finally:
                 torch.accelerator.set_stream(consumer)
+                torch.accelerator.set_device_index(current)
 
         moved = _map(pinned, copy, lambda batch: batch.through(copy))
         return moved, (self._side.record_event(), pinned)
@@ -213,6 +216,7 @@ class DeviceFeed:
         self._ready: deque[tuple[Any, Any]] = deque()
         self._copying: deque[Any] = deque()
         self._delivered, self._wait_s = 0, 0.0
+        self._failure: BaseException | None = None
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -221,14 +225,16 @@ class DeviceFeed:
         begin = time.monotonic()
         if self._source is None:
             self._source = iter(self._loader)
-        while len(self._ready) < self._depth and self._start():
+        # One more than the depth: its copy runs while the consumer computes on the batch that is handed over now.
+        while len(self._ready) < self._depth + self._engine.reads_ahead and self._start():
             pass
         if not self._ready:
-            raise StopIteration
+            failure, self._failure = self._failure, None
+            raise failure or StopIteration
         batch, ticket = self._ready.popleft()
         self._engine.wait(ticket)
-        if self._engine.reads_ahead:
-            self._start()  # its copy runs while the consumer computes on this one
+        if hasattr(self._loader, "batches_ahead"):
+            self._loader.batches_ahead = len(self._ready)  # pyright: ignore[reportAttributeAccessIssue]
         while self._copying and self._engine.is_over(self._copying[0]):
             self._copying.popleft()
         self._delivered += 1
@@ -236,13 +242,25 @@ class DeviceFeed:
         return batch
 
     def _start(self) -> bool:
-        source = next(self._source, None) if self._source is not None else None
+        if self._source is None or self._failure is not None:
+            return False
+        try:
+            source = next(self._source, None)
+        except Exception as error:
+            if not self._ready:
+                raise
+            self._failure = error  # raised in its place, after the batches before it
+            return False
         if source is None:
             return False
         batch, ticket = self._engine.start(source)
         self._ready.append((batch, ticket))
         self._copying.append(ticket)  # holds the source until its copy is over
         return True
+
+    def __del__(self) -> None:
+        for _, ticket in getattr(self, "_ready", ()):  # their memory goes to others: not while copies write to it
+            self._engine.wait(ticket)
 
     def update_priorities(self, batch: Batch, values: Tensor) -> None:
         """Give the samples of a batch new priorities.

@@ -43,11 +43,13 @@ class ReplayLoader(DataLoader[Any]):
         self._draws = dataset
         self._first_draw = dataset.state_dict()["draw"]
         self._delivered = 0
+        self.batches_ahead = 0  # taken by a `DeviceFeed`, not handed to the consumer yet
 
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
         self._draws.load_state_dict(self.state_dict())  # one stream of draws, however many iterators
+        size = self._draws.batch_size or 0
         for batch in super().__iter__():
-            self._delivered += len(batch)
+            self._delivered += size  # draws, whatever the transform made of them
             yield batch
 
     def update_priorities(self, batch: Batch, values: Tensor | np.ndarray) -> int:
@@ -78,9 +80,10 @@ class ReplayLoader(DataLoader[Any]):
         """Give the number of the next draw to deliver.
 
         Returns:
-            ``{"draw": n}``; what workers made ahead of it is made again after a resume.
+            ``{"draw": n}``; what was made ahead of it is made again after a resume.
         """
-        return {"draw": self._first_draw + self._delivered}
+        ahead = self.batches_ahead * (self._draws.batch_size or 0)
+        return {"draw": self._first_draw + self._delivered - ahead}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on from another draw, with the next iterator.

@@ -18,6 +18,8 @@ from rlfeed.replay.writer import StepWriter
 from rlfeed.specs import from_space
 from rlfeed.types import Batch, Step
 
+MOST_LANES, MOST_ROWS = 1 << 19, 1 << 32  # an id has 19 bits for the lane, a directory entry 32 for the row
+
 
 @dataclass(frozen=True, slots=True)
 class ReplayStats:
@@ -96,9 +98,9 @@ class ReplayBuffer:
         }
         if "carry" in fields["extras"]:
             fields["carry"] = fields["extras"].pop("carry")
-        self.num_envs, self.seed, self.sampler = num_envs, seed, sampler
-        rows = -(-capacity // num_envs)
-        self._storage = Storage(fields, num_envs, rows, storage, None if path is None else Path(path))
+        self.num_envs, self.seed, self.sampler = int(num_envs), int(seed), sampler
+        rows = -(-int(capacity) // int(num_envs))
+        self._storage = Storage(fields, self.num_envs, rows, storage, None if path is None else Path(path))
         self._drawn = 0
         self._bind()
 
@@ -144,7 +146,8 @@ class ReplayBuffer:
         """Store one step of up to ``num_envs`` environments.
 
         The observation is written only where ``is_first``: elsewhere it is the ``next_observation`` of the step
-        before, which the lane already holds. Where ``is_first`` comes while an episode is open, that one is cut.
+        before, which the lane already holds. The carry is stored only where ``extras`` declares it. Where ``is_first``
+        comes while an episode is open, that one is cut.
 
         Args:
             step: k <= num_envs rows; row i goes to lane ``env_ids[i]``.
@@ -352,6 +355,11 @@ def _check_config(capacity: int, num_envs: int, storage: str, path: str | Path |
             wrong.append(f"{name} is {value!r}; expected an int >= {least}")
     if storage not in ("private", "shared", "memmap", "cuda"):
         wrong.append(f"storage is {storage!r}; expected 'shared', 'private', 'memmap' or 'cuda'")
+    if not wrong and (num_envs >= MOST_LANES or capacity // num_envs >= MOST_ROWS):
+        wrong.append(
+            f"{num_envs} lanes of {capacity // num_envs} rows; expected fewer than {MOST_LANES} lanes of fewer than "
+            f"{MOST_ROWS} rows"
+        )
     if (storage == "memmap") != (path is not None):
         wrong.append(f"storage is {storage!r} and path is {path!r}; expected a path exactly where storage='memmap'")
     if wrong:

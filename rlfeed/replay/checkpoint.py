@@ -61,7 +61,7 @@ def load(directory: Path) -> tuple[Storage, dict[str, Any]]:
             f"{directory}: has version {state['version']}; expected {VERSION}. Use the rlfeed that wrote it."
         )
     path = None if state["path"] is None else Path(state["path"])
-    storage = Storage(_specs(state["fields"]), state["lanes"], state["rows"], state["kind"], path)
+    storage = Storage(_specs(state["fields"]), state["lanes"], state["rows"], state["kind"], path, replace=True)
     heads: np.ndarray = state["heads"]
     for lane in range(storage.lanes):
         rows = min(int(heads[0, lane]), storage.rows)

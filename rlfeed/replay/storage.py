@@ -58,12 +58,14 @@ class Memory:
         kind: Which.
         nbytes: Its length.
         path: The file, for ``memmap``.
+        replace: Whether the file may exist already.
 
     Raises:
         CapacityError: If it does not fit, with the numbers.
+        ConfigError: If the file exists, or another buffer uses it.
     """
 
-    def __init__(self, kind: Kind, nbytes: int, path: Path | None = None) -> None:
+    def __init__(self, kind: Kind, nbytes: int, path: Path | None = None, *, replace: bool = False) -> None:
         self.kind: Kind = kind
         self.nbytes, self.path = nbytes, path
         available = _available_bytes(path)
@@ -74,7 +76,7 @@ class Memory:
                 f"most 90 % of that. Lower capacity to about {0.9 * available / nbytes:.2%} of what was asked"
                 + ("." if kind == "memmap" else ", or use storage='memmap' with a path.")
             )
-        self._fd = -1 if kind == "private" else _open_file(kind, nbytes, path)
+        self._fd = -1 if kind == "private" else _open_file(kind, nbytes, path, replace)
         self._map()
 
     def _map(self) -> None:
@@ -113,10 +115,17 @@ class Memory:
             os.close(self._fd)
 
 
-def _open_file(kind: Kind, nbytes: int, path: Path | None) -> int:
+def _open_file(kind: Kind, nbytes: int, path: Path | None, replace: bool) -> int:
     if kind == "memmap" and path is not None:
+        if path.exists() and not replace:
+            raise ConfigError(f"ReplayBuffer: {path} exists; expected a new file. Remove it, or choose another path.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the last process that maps it is gone
+        except OSError:
+            os.close(fd)
+            raise ConfigError(f"ReplayBuffer: {path} is in use by another buffer; expected one of its own.") from None
     elif hasattr(os, "memfd_create"):  # not limited by the size of /dev/shm, and leaves no name behind
         fd = os.memfd_create("rlfeed-replay", os.MFD_CLOEXEC)
     else:
@@ -140,7 +149,7 @@ def _open_file(kind: Kind, nbytes: int, path: Path | None) -> int:
 def _available_bytes(path: Path | None) -> int:
     if path is not None:
         folder = next(p for p in (path.absolute().parent, *path.absolute().parents) if p.exists())
-        return shutil.disk_usage(folder).free
+        return shutil.disk_usage(folder).free + (path.stat().st_size if path.exists() else 0)
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -148,7 +157,9 @@ def _available_bytes(path: Path | None) -> int:
     available = int(lines["MemAvailable"].split()[0]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
+        stat = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+        cache = int(stat.get("inactive_file", 0))  # the kernel gives it back when asked
+        available = min(available, int(limit.read_text()) - int(used.read_text()) + cache)
     return available
 
 
@@ -170,13 +181,23 @@ class Storage:
         rows: Rows per lane, closing rows included.
         kind: Private, shared or memory-mapped.
         path: The file, for ``memmap``.
+        replace: Whether the file may exist already.
 
     Raises:
-        ConfigError: If a lane is too short to hold anything.
+        ConfigError: If a lane is too short to hold anything, or the file exists.
         CapacityError: If it does not fit.
     """
 
-    def __init__(self, fields: dict[str, Nest], lanes: int, rows: int, kind: Kind, path: Path | None) -> None:
+    def __init__(
+        self,
+        fields: dict[str, Nest],
+        lanes: int,
+        rows: int,
+        kind: Kind,
+        path: Path | None,
+        *,
+        replace: bool = False,
+    ) -> None:
         if rows < LEAST_ROWS:
             raise ConfigError(
                 f"ReplayBuffer: capacity gives {rows} rows to each of {lanes} lanes; expected at least {LEAST_ROWS} "
@@ -185,7 +206,7 @@ class Storage:
         self.lanes, self.rows, self.entries = lanes, rows, rows // 2 + 2
         self.fields = {**fields, "reward": REWARD}
         self._place()
-        self.memory = Memory(kind, self.nbytes, path)
+        self.memory = Memory(kind, self.nbytes, path, replace=replace)
         self._bind()
 
     def _place(self) -> None:

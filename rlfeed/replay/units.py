@@ -21,6 +21,7 @@ from rlfeed.types import Batch, Layout, Slot
 
 Boundary = Literal["pad", "strict", "cross"]
 Allocate = Callable[[int], Tensor]
+Redraw = Callable[[np.ndarray], None]
 WHOLE = 1 << 40  # steps no episode reaches
 REDRAWS = 1000
 
@@ -97,7 +98,7 @@ def _check(unit: Unit, *, gamma: float, **least: tuple[int, int]) -> None:
     name = type(unit).__name__
     wrong = []
     for key, (value, low) in least.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < low:
             wrong.append(f"{key} is {value!r}; expected an int >= {low}")
     if not 0.0 <= gamma <= 1.0:
         wrong.append(f"gamma is {gamma!r}; expected 0 .. 1")
@@ -118,7 +119,11 @@ def reader_for(storage: Storage, unit: Unit) -> "Reader":
     Raises:
         ConfigError: If a lane is shorter than what one sample touches.
     """
-    return TransitionReader(storage, unit) if isinstance(unit, Transition) else WindowReader(storage, unit)
+    if isinstance(unit, Transition):
+        return TransitionReader(storage, unit)
+    if isinstance(unit, Sequence | Episode):
+        return WindowReader(storage, unit)
+    raise ConfigError(f"unit: is {unit!r}; expected Transition(...), Sequence(...) or Episode(...).")
 
 
 class Carver:
@@ -232,16 +237,17 @@ class Reader(ABC):
         """
 
     @abstractmethod
-    def gather(self, ids: np.ndarray, limits: np.ndarray, allocate: Allocate) -> tuple[Batch, int]:
+    def collect(self, ids: np.ndarray, limits: np.ndarray, again: Redraw, allocate: Allocate) -> Batch:
         """Gather what was drawn into one block.
 
         Args:
             ids: ``[B]`` int64.
             limits: ``[B]`` int64.
+            again: Draws the named rows again, in place: they were overwritten before they could be copied.
             allocate: Where the block comes from.
 
         Returns:
-            The batch, and B or the index of the first sample that was overwritten meanwhile.
+            The batch.
         """
 
     def read(self, key: int, number: int, count: int, allocate: Allocate = allocate_private) -> Batch:
@@ -260,18 +266,26 @@ class Reader(ABC):
             NotEnoughDataError: If no stored step can start a sample.
             StaleReadError: If writers overtake the reader again and again.
         """
-        ids, limits = np.empty(count, np.int64), np.empty(count, np.int64)
-        first, attempt = slice(0, count), 0
-        for _ in range(REDRAWS):
-            if self.draw(key, number + first.start, ids[first], limits[first], attempt) == k.NO_START:
-                raise self.nothing()
-            batch, stale = self.gather(ids, limits, allocate)
-            if stale == count:
-                return batch
-            first, attempt = slice(stale, stale + 1), attempt + k.TRIES + 1
-        raise StaleReadError(
-            f"{self.unit}: rows were overwritten while they were read, {REDRAWS} times in a row; expected a lane much "
-            f"longer than what is written during one gather, it has {self._storage.rows} rows. Raise capacity."
+        ids, limits, attempts = np.empty(count, np.int64), np.empty(count, np.int64), iter(range(1, REDRAWS))
+
+        def again(rows: np.ndarray) -> None:
+            attempt = next(attempts, 0)
+            if attempt == 0:
+                raise self._overtaken(len(rows), count)
+            for row in rows.tolist():
+                one = slice(row, row + 1)
+                if self.draw(key, number + row, ids[one], limits[one], attempt << 16) == k.NO_START:
+                    raise self.nothing()
+
+        if self.draw(key, number, ids, limits) == k.NO_START:
+            raise self.nothing()
+        return self.collect(ids, limits, again, allocate)
+
+    def _overtaken(self, rows: int, count: int) -> StaleReadError:
+        return StaleReadError(
+            f"{self.unit}: {rows} of {count} samples were overwritten before they could be copied, {REDRAWS} times in "
+            f"a row; expected lanes much longer than what is written meanwhile, they have {self._storage.rows} rows. "
+            "Raise capacity."
         )
 
     def nothing(self) -> NotEnoughDataError:
@@ -319,14 +333,17 @@ class TransitionReader(Reader):
         """Make draws ``number, number + 1, ...``; see `Reader.draw`."""
         return k.draw_steps(self._plan, key, number, attempt, self.unit.n_step, -1, 0, ids, limits)
 
-    def gather(self, ids: np.ndarray, limits: np.ndarray, allocate: Allocate) -> tuple[Batch, int]:
-        """Gather what was drawn into one block; see `Reader.gather`."""
+    def collect(self, ids: np.ndarray, limits: np.ndarray, again: Redraw, allocate: Allocate) -> Batch:
+        """Gather what was drawn into one block; see `Reader.collect`."""
         layout, table, out = self._carver.carve(len(ids))
-        block, unit = allocate(layout.nbytes), self.unit
-        stale = k.gather_transitions(
-            self._plan, table, block.data_ptr(), ids, limits, unit.gamma, unit.n_step, out
-        )
-        return Batch.carve(block, layout), stale
+        block, unit, todo = allocate(layout.nbytes), self.unit, np.arange(len(ids))
+        address = block.data_ptr()
+        while stale := k.gather_transitions(
+            self._plan, table, address, ids, limits, todo, unit.gamma, unit.n_step, out
+        ):
+            todo = todo[:stale]  # only what was overwritten is drawn and copied again
+            again(todo)
+        return Batch.carve(block, layout)
 
     def _need(self) -> str:
         steps = self.unit.n_step
@@ -367,20 +384,36 @@ class WindowReader(Reader):
         strict = int(unit.boundary == "strict")
         return k.draw_steps(self._plan, key, number, attempt, unit.length, unit.burn_in, strict, ids, limits)
 
-    def gather(self, ids: np.ndarray, limits: np.ndarray, allocate: Allocate) -> tuple[Batch, int]:
-        """Gather what was drawn into one block; see `Reader.gather`."""
-        unit, windows = self.unit, np.empty((len(ids), 4), np.int64)
+    def collect(self, ids: np.ndarray, limits: np.ndarray, again: Redraw, allocate: Allocate) -> Batch:
+        """Gather what was drawn into one block; see `Reader.collect`."""
+        unit, count, windows = self.unit, len(ids), np.empty((len(ids), 4), np.int64)
         length, back = (unit.length, unit.burn_in) if isinstance(unit, Sequence) else (WHOLE, 0)
-        longest = k.resolve_windows(self._plan, ids, limits, length, back, windows)
-        if isinstance(unit, Episode) and unit.max_length is not None and longest > unit.max_length:
+        todo, longest, carved, block = np.arange(count), 0, self._carver.carve(count, 0), allocate(0)
+        while len(todo):
+            found = todo.copy()
+            while stale := k.resolve_windows(self._plan, ids, limits, found, length, back, windows):
+                found = found[:stale]
+                again(found)
+            if windows[:, 1].max() > longest:  # at first, and where a window drawn again is longer than all before
+                longest, todo = int(windows[:, 1].max()), np.arange(count)
+                self._check_length(longest)
+                carved = self._carver.carve(count, longest)
+                block = allocate(carved[0].nbytes)
+            _, table, out = carved
+            address = block.data_ptr()
+            stale = k.gather_windows(self._plan, table, address, ids, windows, todo, longest, unit.gamma, out)
+            todo = todo[:stale]
+            if stale:
+                again(todo)
+        return Batch.carve(block, carved[0])
+
+    def _check_length(self, longest: int) -> None:
+        most = self.unit.max_length if isinstance(self.unit, Episode) else None
+        if most is not None and longest > most:
             raise ConfigError(
-                f"Episode: max_length is {unit.max_length}, but an episode of {longest} steps was drawn; expected none "
-                f"longer. Raise max_length to at least {longest}, or sample windows with Sequence(length=...)."
+                f"Episode: max_length is {most}, but an episode of {longest} steps was drawn; expected none longer. "
+                f"Raise max_length to at least {longest}, or sample windows with Sequence(length=...)."
             )
-        layout, table, out = self._carver.carve(len(ids), longest)
-        block = allocate(layout.nbytes)
-        stale = k.gather_windows(self._plan, table, block.data_ptr(), ids, windows, longest, unit.gamma, out)
-        return Batch.carve(block, layout), stale
 
     def _need(self) -> str:
         if isinstance(self.unit, Episode):

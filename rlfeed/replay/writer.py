@@ -43,6 +43,7 @@ class StepWriter:
         self._declared += [("observation", column.path, column.spec.shape, column.spec.dtype) for column in opening]
         self._declared += [("env_ids", (), (), _INT64)]
         self._declared += [(name, (), (), _BOOL) for name in ("is_first", "terminated", "truncated", "lost")]
+        self._extras, self._keys = len(storage.fields["extras"]), _keys(storage.fields["observation"])
         self._inputs = np.zeros(len(self._declared), np.int64)
         self._expected: dict[int, list[tuple[str, Path, tuple[int, ...], np.dtype]]] = {}
         self._lanes: dict[int, np.ndarray] = {}
@@ -60,47 +61,54 @@ class StepWriter:
             FieldError: If a field does not fit; all findings at once.
             LaneError: If a row does not continue its lane.
         """
-        count = len(step.reward)
-        inputs = self._point(step, count)
-        if inputs is None:
-            step = self._fit(step, count)  # alive until the kernel has read it
-            inputs = self._point(step, count) or []
-        self._inputs[:] = inputs
+        count = len(step.reward) if np.ndim(step.reward) == 1 else -1
+        if count < 0:
+            raise FieldError(f"ReplayBuffer.add: reward is {step.reward!r}; expected shape (k,), one number per row.")
+        alive: list[np.ndarray | None] = []  # the kernel follows pointers into these
+        if not self._point(step, count, alive):
+            step = self._fit(step, count)
+            self._point(step, count, alive)
+        self._inputs[:] = [id(array) + _POINTER if array is not None else 0 for array in alive]
         ids = np.empty(count, np.int64)
         fault = k.write_step(self._storage.plan, self._fields, self._opening, self._inputs, count, ids)
         if fault >= 0:
             raise self._lane_error(int(fault), step.env_ids)
         return ids
 
-    def _point(self, step: Step, count: int) -> list[int] | None:
-        """Point at every input, or give None where one is not exactly what its column stores."""
+    def _point(self, step: Step, count: int, alive: list[np.ndarray | None]) -> bool:
+        """Collect every input, or tell that one is not exactly what its column stores."""
         expected = self._expected.get(count)
         if expected is None:
             expected = [(name, path, (count, *shape), dtype) for name, path, shape, dtype in self._declared]
             self._expected[count], self._lanes[count] = expected, np.arange(count)
-        inputs = []
+        alive.clear()
+        if len(step.extras) != self._extras or _keys(step.observation) != self._keys:
+            return False
         for name, path, shape, dtype in expected:
             value = getattr(step, name)
             try:
                 value = _leaf(value, path)
             except (KeyError, IndexError, TypeError):
-                return None
+                return False
             if value is None and name in ("env_ids", "lost"):
-                inputs.append(0 if name == "lost" else id(self._lanes[count]) + _POINTER)
+                alive.append(None if name == "lost" else self._lanes[count])
             elif (
                 type(value) is np.ndarray
                 and value.shape == shape
                 and value.dtype == dtype
                 and value.flags.c_contiguous
             ):
-                inputs.append(id(value) + _POINTER)
+                alive.append(value)
             else:
-                return None
-        return inputs
+                return False
+        return True
 
     def _fit(self, step: Step, count: int) -> Step:
         """Bring a step into the shapes and dtypes of the columns, without loss, or say everything that is wrong."""
-        wrong: list[str] = []
+        declared = self._storage.fields["extras"]
+        wrong = [f"extras[{name!r}] is not declared" for name in step.extras if name not in declared]
+        if _keys(step.observation) != self._keys:
+            wrong.append(f"observation has {_keys(step.observation)} entries; expected {self._keys}")
         fitted: dict[str, list[tuple[Path, np.ndarray]]] = {}
         for name, path, shape, dtype in self._expected[count]:
             value = getattr(step, name)
@@ -114,8 +122,10 @@ class StepWriter:
             array = np.asarray(value)
             if array.shape != shape:
                 wrong.append(f"{describe(name, path)} has shape {array.shape}; expected {shape}")
-            elif name != "reward" and not np.can_cast(array.dtype, dtype, "safe"):
+            elif not np.can_cast(array.dtype, dtype, "safe") and (name != "reward" or array.dtype.kind not in "biuf"):
                 wrong.append(f"{describe(name, path)} has dtype {array.dtype}; expected {dtype}")
+            elif name == "reward" and not (np.abs(array, dtype=np.float64) <= np.finfo(np.float32).max).all():
+                wrong.append(f"reward is {array}; expected finite numbers that float32 can hold")
             else:
                 fitted.setdefault(name, []).append((path, np.ascontiguousarray(array, dtype).reshape(shape)))
         if wrong:
@@ -133,6 +143,10 @@ class StepWriter:
             "is_first where an episode begins",
         )[cause]
         return LaneError(f"ReplayBuffer.add: row {row}: env_ids {reason}. Nothing was stored.")
+
+
+def _keys(nest: Any) -> int:
+    return len(nest) if isinstance(nest, dict | tuple) else 0
 
 
 def _leaf(value: Any, path: Path) -> Any:

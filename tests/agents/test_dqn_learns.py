@@ -19,6 +19,9 @@ CPU = torch.device("cpu")
 
 
 class Silent:
+    def flush(self):
+        pass
+
     def scalar(self, tag, value, env_steps):
         pass
 

@@ -118,7 +118,7 @@ def check_unit(buffer, twin, unit):
         with pytest.raises(NotEnoughDataError):
             buffer.sample(1, unit)
         return
-    batch = buffer.sample(24, unit)
+    batch = buffer.sample(24 if isinstance(unit, Episode) else 150, unit)  # more than two blocks of 64
     assert set(batch.ids.tolist()) <= starts
     (check_transitions if isinstance(unit, Transition) else check_windows)(batch, twin, unit)
 

@@ -66,3 +66,15 @@ def test_batch_to_another_device_moves_all_but_ids(batch):
 
 def test_len_is_the_number_of_rows(batch):
     assert len(batch) == 5
+
+
+def test_batch_edited_dict_is_not_lost_in_a_copy(batch):
+    batch.observation["vector"] = batch.observation["vector"] + 1
+    batch.extras["advantage"] = torch.ones(5)
+    for copy in (batch.clone(), pickle.loads(pickle.dumps(batch)), batch.through(torch.clone)):
+        assert torch.equal(copy.observation["vector"], batch.observation["vector"])
+        assert torch.equal(copy.extras["advantage"], torch.ones(5))
+
+
+def test_batch_pickled_sends_its_block_once(batch):
+    assert len(pickle.dumps(batch)) < 1.2 * batch._block.numel() + 5000

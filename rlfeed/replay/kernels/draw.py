@@ -131,24 +131,29 @@ def lane_of(upto: np.ndarray, index: int) -> int:
 
 
 @njit
-def pick_by_count(
-    plan: np.ndarray, heads: np.ndarray, tails: np.ndarray, bits: int, need: int, back: int, strict: int
-) -> int:
-    """Count every valid start and give the id of the one that the bits name, or -1: the bounded end of rejection."""
-    valid = 0
+def list_starts(
+    plan: np.ndarray, heads: np.ndarray, tails: np.ndarray, need: int, back: int, strict: int
+) -> np.ndarray:
+    """List the ids of every valid start: the bounded end of rejection."""
+    count = 0
     for lane in range(len(heads)):
-        for row in range(tails[lane], heads[lane] - 1):
-            valid += starts_here(plan, lane, row, heads[lane], need, back, strict)
-    if valid == 0:
-        return -1
-    wanted = below(bits, valid)
+        count += max(0, heads[lane] - 1 - tails[lane])
+    starts, found = np.empty(count, np.int64), 0
     for lane in range(len(heads)):
         for row in range(tails[lane], heads[lane] - 1):
             if starts_here(plan, lane, row, heads[lane], need, back, strict):
-                if wanted == 0:
-                    return (lane << LANE_SHIFT) | row
-                wanted -= 1
-    return -1  # rows died between the two passes: the caller asks again
+                starts[found] = (lane << LANE_SHIFT) | row
+                found += 1
+    return starts[:found]
+
+
+@njit
+def is_overtaken(plan: np.ndarray, heads: np.ndarray, tails: np.ndarray) -> bool:
+    """Tell whether a writer has moved since the snapshot."""
+    for lane in range(len(heads)):
+        if load_acquire(plan[COMMITTED] + lane * 8) != heads[lane] or is_stale(plan, lane, tails[lane]):
+            return True
+    return False
 
 
 @kernel("int64(int64[::1], int64, int64, int64, int64, int64, int64, int64[::1], int64[::1])")
@@ -199,17 +204,24 @@ def draw_steps(
         prefetch(spots[i])
         ids[i], limits[i] = (lane << LANE_SHIFT) | row, heads[lane]
     plain = need == 1 and back < 0 and strict == 0
+    starts, listed = np.empty(0, np.int64), False
     for i in range(count):
         lane, row, retry = ids[i] >> LANE_SHIFT, ids[i] & ROW_MASK, 1
         if plain and not load_u8(spots[i] + FLAGS) & CLOSING and not is_stale(plan, lane, row):
             continue
         while not starts_here(plan, lane, row, limits[i], need, back, strict):
             if retry == TRIES:
-                found = pick_by_count(plan, heads, tails, philox(key, number + i, attempt + TRIES), need, back, strict)
-                if found < 0:
+                if not listed:
+                    starts, listed = list_starts(plan, heads, tails, need, back, strict), True
+                if len(starts) > 0:
+                    row = starts[below(philox(key, number + i, attempt + TRIES), len(starts))]
+                    ids[i], limits[i] = row, heads[row >> LANE_SHIFT]
+                    break
+                if not is_overtaken(plan, heads, tails):
                     return NO_START
-                ids[i], limits[i] = found, heads[found >> LANE_SHIFT]
-                break
+                total, retry, listed = candidates(plan, heads, tails, upto), 0, False
+                if total == 0:
+                    return NO_START
             index = below(philox(key, number + i, attempt + retry), total)
             lane = lane_of(upto, index)
             row = heads[lane] - 1 - (upto[lane] - index)
@@ -239,8 +251,9 @@ def draw_episodes(
     heads, oldest, upto = np.empty(lanes, np.int64), np.empty(lanes, np.int64), np.empty(lanes, np.int64)
     total = 0
     for lane in range(lanes):
-        _, heads[lane], oldest[lane], newest = lane_span(plan, lane)
-        total += max(0, newest - oldest[lane] + 1)
+        _, first, whole, heads[lane], newest, ended = lane_span(plan, lane)
+        oldest[lane] = first + 1 - whole
+        total += max(0, newest + ended - oldest[lane])
         upto[lane] = total
     if total == 0:
         return NO_START

@@ -68,13 +68,14 @@ def sum_steps(
     return slot
 
 
-@kernel("int64(int64[::1], int64[:, ::1], int64, int64[::1], int64[::1], float64, int64, int64[::1])")
+@kernel("int64(int64[::1], int64[:, ::1], int64, int64[::1], int64[::1], int64[::1], float64, int64, int64[::1])")
 def gather_transitions(
     plan: np.ndarray,
     fields: np.ndarray,
     block: int,
     ids: np.ndarray,
     limits: np.ndarray,
+    todo: np.ndarray,
     gamma: float,
     n_step: int,
     out: np.ndarray,
@@ -87,47 +88,49 @@ def gather_transitions(
         block: Address of the block.
         ids: ``[B]``.
         limits: ``[B]``, the heads at the draws.
+        todo: Which rows of the batch to gather; receives, in its front, those that were overwritten meanwhile.
         gamma: Discount per step.
         n_step: Steps to sum.
         out: Offsets in the block of reward, terminated, truncated, discount, weights and ids.
 
     Returns:
-        The index of the first row that was overwritten meanwhile, or B.
+        How many were overwritten.
     """
-    count, rows, records, stride = len(ids), plan[ROWS], plan[RECORDS], plan[STRIDE]
+    count, rows, records, stride, stale = len(todo), plan[ROWS], plan[RECORDS], plan[STRIDE], 0
     here, there = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
-    for begin in range(0, count, BLOCK):  # what a block touches stays in the first cache
+    for begin in range(0, count, BLOCK):  # what a block touches stays in the first cache, and is checked at once
         size = min(BLOCK, count - begin)
         for i in range(size):
-            identity = ids[begin + i]
-            store_i64(block + out[5] + (begin + i) * 8, identity)
-            there[i] = slot_of(plan, identity & ROW_MASK)
-            here[i] = (identity >> LANE_SHIFT) * rows + there[i]
+            at = todo[begin + i]
+            store_i64(block + out[5] + at * 8, ids[at])
+            there[i] = slot_of(plan, ids[at] & ROW_MASK)
+            here[i] = (ids[at] >> LANE_SHIFT) * rows + there[i]
             for line in range(0, (n_step + 1) * stride, 64):
                 prefetch(records + here[i] * stride + line)
         for i in range(size):
-            slot, steps = there[i], 1
+            at, slot, steps = todo[begin + i], there[i], 1
             if n_step > 1:
-                lane, row, limit = ids[begin + i] >> LANE_SHIFT, ids[begin + i] & ROW_MASK, limits[begin + i]
+                lane, row, limit = ids[at] >> LANE_SHIFT, ids[at] & ROW_MASK, limits[at]
                 steps = max(1, min(n_step, min(closing_row(plan, lane, row, limit), limit - 1) - row))
             base = here[i] - slot
-            there[i] = base + sum_steps(plan, base, slot, steps, gamma, block, begin + i, out)
+            there[i] = base + sum_steps(plan, base, slot, steps, gamma, block, at, out)
         for f in range(fields.shape[0]):
             base, pitch, nbytes = fields[f, BASE], fields[f, PITCH], fields[f, NBYTES]
-            destination = block + fields[f, OTHER] + begin * nbytes
             index = there if fields[f, ROLE] == ROLE_SUCCESSOR else here
             for i in range(size):
-                copy_row(destination + i * nbytes, base + index[i] * pitch, nbytes)
-    fence()
-    for i in range(count):
-        if is_stale(plan, ids[i] >> LANE_SHIFT, ids[i] & ROW_MASK):
-            return i
-    return count
+                copy_row(block + fields[f, OTHER] + todo[begin + i] * nbytes, base + index[i] * pitch, nbytes)
+        fence()
+        for i in range(size):
+            at = todo[begin + i]
+            if is_stale(plan, ids[at] >> LANE_SHIFT, ids[at] & ROW_MASK):
+                todo[stale] = at
+                stale += 1
+    return stale
 
 
-@kernel("int64(int64[::1], int64[::1], int64[::1], int64, int64, int64[:, ::1])")
+@kernel("int64(int64[::1], int64[::1], int64[::1], int64[::1], int64, int64, int64[:, ::1])")
 def resolve_windows(
-    plan: np.ndarray, ids: np.ndarray, limits: np.ndarray, length: int, back: int, windows: np.ndarray
+    plan: np.ndarray, ids: np.ndarray, limits: np.ndarray, todo: np.ndarray, length: int, back: int, windows: np.ndarray
 ) -> int:
     """Find the rows of each window: where it begins, how many steps it has and how many of them are burn-in.
 
@@ -135,26 +138,31 @@ def resolve_windows(
         plan: The storage.
         ids: ``[B]``, the first trained steps.
         limits: ``[B]``, the heads at the draws.
+        todo: Which to find; receives, in its front, those that were overwritten meanwhile.
         length: Trained steps at most.
         back: Burn-in steps at most.
         windows: ``[B, 4]``: receives first row, steps, burn-in, and 1 where a step of the episode lies before.
 
     Returns:
-        The most steps of any window.
+        How many were overwritten: their windows are not to be trusted.
     """
-    longest = 0
-    for i in range(len(ids)):
-        identity, limit = ids[i], limits[i]
+    stale = 0
+    for i in range(len(todo)):
+        at = todo[i]
+        identity, limit = ids[at], limits[at]
         lane, row = identity >> LANE_SHIFT, identity & ROW_MASK
         first = first_row(plan, lane, row)
         begin = row - back if first < 0 else max(first, row - back)
         end = min(min(closing_row(plan, lane, row, limit), limit - 1), row + length)
-        windows[i, 0] = begin
-        windows[i, 1] = max(1, end - begin)
-        windows[i, 2] = row - begin
-        windows[i, 3] = begin != first
-        longest = max(longest, windows[i, 1])
-    return longest
+        windows[at, 0] = begin
+        windows[at, 1] = max(1, end - begin)
+        windows[at, 2] = row - begin
+        windows[at, 3] = begin != first
+        fence()
+        if is_stale(plan, lane, begin - windows[at, 3]):
+            todo[stale] = at
+            stale += 1
+    return stale
 
 
 @njit
@@ -179,13 +187,43 @@ def gather_field(
     memzero(destination + steps * nbytes, (room - steps) * nbytes)
 
 
-@kernel("int64(int64[::1], int64[:, ::1], int64, int64[::1], int64[:, ::1], int64, float64, int64[::1])")
+@njit
+def gather_flags(
+    plan: np.ndarray, block: int, identity: int, window: np.ndarray, i: int, longest: int, gamma: float, out: np.ndarray
+) -> None:
+    """Store what is computed for one window, step by step, and clear what lies behind it."""
+    lane, begin, steps, burn, before = identity >> LANE_SHIFT, window[0], window[1], window[2], window[3]
+    for t in range(longest):
+        at = i * longest + t
+        inside = t < steps
+        flags, reward = np.uint8(0), np.float32(0.0)
+        if inside:
+            record = record_of(plan, lane, begin + t)
+            flags, reward = load_u8(record + FLAGS), load_f32(record + plan[REWARD])
+        terminated = flags & TERMINATED != 0
+        store_f32(block + out[0] + at * 4, reward)
+        store_u8(block + out[1] + at, np.uint8(terminated))
+        store_u8(block + out[2] + at, np.uint8(flags & TRUNCATED != 0))
+        store_f32(block + out[3] + at * 4, np.float32(gamma) if inside and not terminated else np.float32(0.0))
+        store_u8(block + out[4] + at, np.uint8(inside))
+        store_u8(block + out[5] + at, np.uint8(inside and t >= burn))
+        store_u8(block + out[6] + at, np.uint8(flags & FIRST != 0))
+    store_i64(block + out[7] + i * 8, steps)
+    store_i64(block + out[8] + i * 8, burn)
+    previous = load_f32(record_of(plan, lane, begin - 1) + plan[REWARD]) if before else np.float32(0.0)
+    store_f32(block + out[9] + i * 4, previous)
+    store_f32(block + out[10] + i * 4, np.float32(1.0))
+    store_i64(block + out[11] + i * 8, identity)
+
+
+@kernel("int64(int64[::1], int64[:, ::1], int64, int64[::1], int64[:, ::1], int64[::1], int64, float64, int64[::1])")
 def gather_windows(
     plan: np.ndarray,
     fields: np.ndarray,
     block: int,
     ids: np.ndarray,
     windows: np.ndarray,
+    todo: np.ndarray,
     longest: int,
     gamma: float,
     out: np.ndarray,
@@ -198,44 +236,23 @@ def gather_windows(
         block: Address of the block.
         ids: ``[B]``.
         windows: From `resolve_windows`.
+        todo: Which to gather; receives, in its front, those that were overwritten meanwhile.
         longest: T, steps per padded row.
         gamma: Discount per step.
         out: Offsets in the block of reward, terminated, truncated, discount, mask, loss_mask, is_first, lengths,
             burn_in, prev_reward, weights and ids.
 
     Returns:
-        The index of the first window that was overwritten meanwhile, or B.
+        How many were overwritten.
     """
-    count = windows.shape[0]
-    for i in range(count):
-        begin, steps, burn, before = windows[i, 0], windows[i, 1], windows[i, 2], windows[i, 3]
-        lane = ids[i] >> LANE_SHIFT
-        for t in range(longest):
-            at = i * longest + t
-            inside = t < steps
-            flags, reward = np.uint8(0), np.float32(0.0)
-            if inside:
-                record = record_of(plan, lane, begin + t)
-                flags, reward = load_u8(record + FLAGS), load_f32(record + plan[REWARD])
-            terminated = flags & TERMINATED != 0
-            store_f32(block + out[0] + at * 4, reward)
-            store_u8(block + out[1] + at, np.uint8(terminated))
-            store_u8(block + out[2] + at, np.uint8(flags & TRUNCATED != 0))
-            store_f32(block + out[3] + at * 4, np.float32(gamma) if inside and not terminated else np.float32(0.0))
-            store_u8(block + out[4] + at, np.uint8(inside))
-            store_u8(block + out[5] + at, np.uint8(inside and t >= burn))
-            store_u8(block + out[6] + at, np.uint8(flags & FIRST != 0))
-        store_f32(block + out[10] + i * 4, np.float32(1.0))
-        store_i64(block + out[11] + i * 8, ids[i])
-        store_i64(block + out[7] + i * 8, steps)
-        store_i64(block + out[8] + i * 8, burn)
-        previous = load_f32(record_of(plan, lane, begin - 1) + plan[REWARD]) if before else np.float32(0.0)
-        store_f32(block + out[9] + i * 4, previous)
-    for f in range(fields.shape[0]):
-        for i in range(count):
+    stale = 0
+    for n in range(len(todo)):
+        i = todo[n]
+        gather_flags(plan, block, ids[i], windows[i], i, longest, gamma, out)
+        for f in range(fields.shape[0]):
             gather_field(plan, fields[f], block, ids[i] >> LANE_SHIFT, windows[i], i, longest)
-    fence()
-    for i in range(count):
+        fence()
         if is_stale(plan, ids[i] >> LANE_SHIFT, windows[i, 0] - windows[i, 3]):
-            return i
-    return count
+            todo[stale] = i
+            stale += 1
+    return stale

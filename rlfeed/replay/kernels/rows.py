@@ -81,34 +81,30 @@ def first_row(plan: np.ndarray, lane: int, row: int) -> int:
 
 
 @njit
-def lane_span(plan: np.ndarray, lane: int) -> tuple[int, int, int, int]:
-    """Give a lane's oldest live row, its head, and the ordinals of its first whole and last ended episode."""
-    while True:
-        head = load_acquire(plan[COMMITTED] + lane * 8)
-        tail = max(0, load_acquire(plan[RESERVED] + lane * 8) - plan[ROWS])
-        episodes = load_acquire(plan[EPISODES] + lane * 8)
-        if head <= tail:
-            return tail, tail, 0, -1
-        record = record_of(plan, lane, tail)
-        oldest = full_ordinal(plan, lane, record)
-        if not load_u8(record + FLAGS) & FIRST:
-            oldest += 1
-        newest = episodes - 1
-        if not load_u8(record_of(plan, lane, head - 1) + FLAGS) & CLOSING:
-            newest -= 1
-        fence()
-        # A writer that passed meanwhile may have overwritten the tail's record or started an episode: look again.
-        if (
-            load_acquire(plan[RESERVED] + lane * 8) - plan[ROWS] <= tail
-            and load_acquire(plan[EPISODES] + lane * 8) == episodes
-        ):
-            return tail, head, oldest, newest
-
-
-@njit
 def is_stale(plan: np.ndarray, lane: int, row: int) -> bool:
     """Tell whether a row has been given to a writer since; call it after a fence, after the copy."""
     return row < load_acquire(plan[RESERVED] + lane * 8) - plan[ROWS]
+
+
+@njit
+def lane_span(plan: np.ndarray, lane: int) -> tuple[int, int, int, int, int, int]:
+    """Give what a lane holds.
+
+    That is: its oldest live row, that row's episode, whether that episode is whole; its head, the last row's episode,
+    whether that one has ended. Everything is read off rows that are committed and still live: the count of episodes
+    runs ahead of the head.
+    """
+    while True:
+        head = load_acquire(plan[COMMITTED] + lane * 8)
+        tail = max(0, load_acquire(plan[RESERVED] + lane * 8) - plan[ROWS])
+        if head <= tail:
+            return tail, 0, 0, tail, -1, 0
+        first, last = record_of(plan, lane, tail), record_of(plan, lane, head - 1)
+        oldest, whole = full_ordinal(plan, lane, first), np.int64(load_u8(first + FLAGS) & FIRST != 0)
+        newest, ended = full_ordinal(plan, lane, last), np.int64(load_u8(last + FLAGS) & CLOSING != 0)
+        fence()
+        if not is_stale(plan, lane, tail):  # else a writer has overwritten the tail meanwhile: look again
+            return tail, oldest, whole, head, newest, ended
 
 
 @njit
@@ -129,15 +125,13 @@ def count_steps(plan: np.ndarray, out: np.ndarray) -> int:
     Returns:
         Steps stored.
     """
-    steps, whole, live, inserted = 0, 0, 0, 0
+    steps, episodes, live, inserted = 0, 0, 0, 0
     for lane in range(plan[LANES]):
-        tail, head, oldest, newest = lane_span(plan, lane)
+        tail, oldest, whole, head, newest, ended = lane_span(plan, lane)
         inserted += load_acquire(plan[STEPS] + lane * 8)
         if head > tail:
-            episodes = load_acquire(plan[EPISODES] + lane * 8)
-            ordinal = full_ordinal(plan, lane, record_of(plan, lane, tail))
-            steps += head - tail - (episodes - ordinal)
+            steps += head - tail - (newest - oldest + 1)
             live += head - tail
-            whole += max(0, newest - oldest + 1)
-    out[0], out[1], out[2] = whole, live, inserted
+            episodes += max(0, newest - oldest + 1 - (1 - whole) - (1 - ended))
+    out[0], out[1], out[2] = episodes, live, inserted
     return steps

@@ -59,11 +59,14 @@ def find_fault(plan: np.ndarray, count: int, lanes: int, first: int, lost: int) 
 
     Causes: 0 no such lane, 1 the lane twice, 2 no episode is open.
     """
+    highest = np.int64(-1)
     for i in range(count):
         lane = load_i64(lanes + i * 8)
         if lane < 0 or lane >= plan[LANES]:
             return 4 * i
-        if i > 0 and lane <= load_i64(lanes + (i - 1) * 8):  # out of order: look at all before it
+        if lane > highest:
+            highest = lane
+        else:  # out of order: look at all before it
             for j in range(i):
                 if load_i64(lanes + j * 8) == lane:
                     return 4 * i + 1

@@ -10,7 +10,7 @@ from support.batches import assert_same
 from torch.utils.data import DataLoader
 
 from rlfeed import errors
-from rlfeed.feed import DeviceFeed, ReplayDataset, make_loader, pad_collate
+from rlfeed.feed import DeviceFeed, ReplayDataset, device, make_loader, pad_collate
 from rlfeed.feed import dataset as dataset_module
 from rlfeed.replay import Episode, Limiter, ReplayBuffer, Transition, kernels
 from rlfeed.types import Batch, Step
@@ -237,3 +237,78 @@ def test_loader_counts_and_resumes():
     resumed.load_state_dict(loader.state_dict())
     for batch, wanted in zip(take(resumed, 4), straight[5:], strict=True):
         assert_same(batch, wanted)
+
+
+def test_turns_differ_though_torch_is_seeded_anew_each_epoch():
+    buffer = make_buffer()
+    for num_workers in (0, 1):
+        loader = DataLoader(
+            ReplayDataset(buffer, Transition()), batch_size=8, collate_fn=pad_collate, num_workers=num_workers
+        )
+        turns = []
+        for _ in range(3):
+            torch.manual_seed(0)
+            turns.append(str(ids_of(loader, 2)))
+        assert len(set(turns)) == 3
+
+
+def test_two_iterators_alive_at_once_have_a_turn_each():
+    loader = DataLoader(ReplayDataset(make_buffer(), Transition()), batch_size=8, collate_fn=pad_collate, num_workers=2)
+    expected = [ids_of(loader) for _ in range(2)]
+    loader = DataLoader(ReplayDataset(make_buffer(), Transition()), batch_size=8, collate_fn=pad_collate, num_workers=2)
+    one, two = iter(loader), iter(loader)
+    both = [[next(each).ids.tolist() for _ in range(3)] for each in (one, two)]
+    assert sorted(map(str, both)) == sorted(map(str, expected))
+    del one, two
+
+
+def test_state_loaded_reaches_workers_that_are_running_already():
+    buffer = make_buffer()
+    straight = ids_of(make_loader(buffer, Transition(), batch_size=8), 4)
+    dataset = ReplayDataset(buffer, Transition())
+    loader = DataLoader(dataset, batch_size=8, collate_fn=pad_collate, num_workers=1, persistent_workers=True)
+    ids_of(loader, 2)
+    dataset.load_state_dict({"draw": 16})
+    assert ids_of(loader, 2) == straight[2:]
+    del loader
+
+
+def test_handles_that_were_looked_at_stay_what_they_were():
+    stream = iter(ReplayDataset(make_buffer(), Transition()))
+    samples = [next(stream) for _ in range(4)]
+    seen = [sample["ids"].item() for sample in samples]
+    assert pad_collate(samples).ids.tolist() == seen
+
+
+def test_transform_reaches_samples_of_other_collates():
+    def negate(batch):
+        return batch.map(lambda tensor: -tensor if tensor.is_floating_point() else tensor)
+
+    dataset = ReplayDataset(make_buffer(), Transition(), transform=negate)
+    batch = take(DataLoader(dataset, batch_size=6), 1)[0]
+    assert batch["weights"].tolist() == [-1.0] * 6
+
+
+def test_loader_counts_draws_whatever_the_transform_makes_of_them():
+    def double(batch):
+        return {"reward": torch.cat([batch.reward, batch.reward])}
+
+    loader = make_loader(make_buffer(), Transition(), batch_size=4, transform=double)
+    take(loader, 3)
+    assert loader.state_dict() == {"draw": 12}
+
+
+def test_loader_resumes_after_what_the_consumer_had_not_what_the_feed_took(monkeypatch):
+    class Ahead(device.DirectEngine):
+        reads_ahead = True
+
+    monkeypatch.setattr(device, "engine_for", Ahead)
+    buffer = make_buffer()
+    straight = ids_of(make_loader(buffer, Transition(), batch_size=4), 5)
+    loader = make_loader(buffer, Transition(), batch_size=4)
+    feed = DeviceFeed(loader, "cpu", depth=3)
+    assert [next(feed).ids.tolist() for _ in range(2)] == straight[:2]
+    assert loader.state_dict() == {"draw": 8}
+    resumed = make_loader(buffer, Transition(), batch_size=4)
+    resumed.load_state_dict(loader.state_dict())
+    assert ids_of(resumed, 3) == straight[2:]

@@ -134,3 +134,15 @@ def test_feed_priorities_without_a_replay_loader_are_refused():
     feed = DeviceFeed([torch.zeros(1)], "cpu")
     with pytest.raises(errors.UnsupportedError, match="the loader is a list"):
         feed.update_priorities(next(feed), torch.zeros(1))
+
+
+def test_feed_error_of_the_loader_comes_after_the_batches_before_it(slow):
+    class Loader:
+        def __iter__(self):
+            yield from (torch.tensor([n]) for n in range(3))
+            raise RuntimeError("worker 0 died")
+
+    feed = DeviceFeed(Loader(), "cpu", depth=2)
+    assert [next(feed).item() for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(RuntimeError, match="worker 0 died"):
+        next(feed)

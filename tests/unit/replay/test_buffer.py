@@ -276,3 +276,163 @@ def test_stats_say_what_fits_at_the_episode_lengths_seen():
     assert stats.capacity_steps == 50
     assert (stats.inserted, stats.episodes) == (100, 10)
     assert "room for about 50 steps" in repr(buffer)
+
+
+def test_add_same_lane_twice_out_of_order_is_refused():
+    buffer, _ = filled(steps=3)
+    step = make_step(ReplayTwin(2, 30), [1, 0], [(False, False)] * 2, rewards=[0.0, 0.0])
+    rows = np.array([0, 1, 0])
+    tripled = {name: getattr(step, name) for name in Step.__slots__}
+    for name in ("action", "reward", "terminated", "truncated", "is_first", "env_ids"):
+        tripled[name] = tripled[name][rows]
+    for name in ("observation", "next_observation"):
+        tripled[name] = {key: value[rows] for key, value in tripled[name].items()}
+    with pytest.raises(errors.LaneError, match="row 2: env_ids has 1 twice"):
+        buffer.add(Step(**tripled))
+
+
+class Lazy(dict):
+    """A container that makes its arrays when they are asked for, and keeps none."""
+
+    def __getitem__(self, key):
+        return super().__getitem__(key).copy()
+
+
+def test_add_arrays_that_live_only_while_they_are_looked_at_are_stored_right():
+    buffer, twin = filled(steps=0)
+    for i in range(20):
+        step = make_step(twin, [0, 1], [(False, False)] * 2, rewards=[float(i)] * 2)
+        lazy = {name: getattr(step, name) for name in Step.__slots__}
+        buffer.add(Step(**(lazy | {n: Lazy(lazy[n]) for n in ("observation", "next_observation")})))
+    batch = buffer.sample(64, Transition())
+    assert torch.equal(batch.next_observation["vector"], batch.observation["vector"] + torch.tensor([0.0, 0.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"extras": {"value": np.zeros(1, np.float32)}}, r"extras\['value'\] is not declared"),
+        ({"reward": np.array(["a"])}, "reward has dtype <U1"),
+        ({"reward": np.array([1e300])}, "reward is .*expected finite numbers that float32 can hold"),
+        ({"reward": np.array([np.nan])}, "reward is .nan.; expected finite"),
+    ],
+)
+def test_add_what_could_not_be_stored_is_refused(changes, message):
+    with pytest.raises(errors.FieldError, match=message):
+        line_buffer().add(line_step(0, first=True, **changes))
+
+
+def test_add_reward_without_rows_is_refused():
+    step = line_step(0, first=True)
+    step.reward = 1.0
+    with pytest.raises(errors.FieldError, match=r"reward is 1.0; expected shape \(k,\)"):
+        line_buffer().add(step)
+
+
+def test_add_observation_with_an_entry_too_many_is_refused():
+    buffer, _ = filled(steps=0)
+    step = make_step(ReplayTwin(2, 30), [0], [(False, False)], rewards=[0.0])
+    step.observation["depth"] = np.zeros(1)
+    with pytest.raises(errors.FieldError, match="observation has 3 entries; expected 2"):
+        buffer.add(step)
+
+
+def test_buffer_more_lanes_than_an_id_can_name_is_refused():
+    with pytest.raises(errors.ConfigError, match="expected fewer than 524288 lanes"):
+        ReplayBuffer(LINE, Discrete(2), capacity=1 << 22, num_envs=1 << 19)
+
+
+def test_sample_what_is_no_unit_is_refused():
+    with pytest.raises(errors.ConfigError, match=r"expected Transition\(...\), Sequence"):
+        line_buffer().sample(1, Transition)
+
+
+def test_memmap_never_takes_a_file_that_is_there_or_in_use(tmp_path):
+    path = tmp_path / "replay.bin"
+    buffer, _ = filled(storage="memmap", path=path)
+    with pytest.raises(errors.ConfigError, match="exists; expected a new file"):
+        filled(storage="memmap", path=path)
+    buffer.save(tmp_path / "saved")
+    with pytest.raises(errors.ConfigError, match="is in use by another buffer"):
+        ReplayBuffer.load(tmp_path / "saved")
+    expected = buffer.sample(8, Transition())
+    buffer._drawn = 0
+    del buffer
+    assert_same(ReplayBuffer.load(tmp_path / "saved").sample(8, Transition()), expected)
+
+
+COMMITTED, RESERVED, EPISODES = 0, 1, 2  # lines of Storage.heads
+
+
+@pytest.mark.parametrize("ahead", [{EPISODES: 1}, {RESERVED: 1}, {RESERVED: 2}, {RESERVED: 2, EPISODES: 1}], ids=str)
+@pytest.mark.parametrize("steps", [5, 29, 200])
+def test_reads_beside_a_writer_that_has_not_committed_yet_see_the_state_before(ahead, steps):
+    """The states in which a writer may be paused, or killed: reserved but not committed, an episode just begun."""
+    buffer, twin = filled(steps=steps, lanes=1)
+    for line, change in ahead.items():
+        buffer._storage.heads()[line] += change
+    twin.lanes[0].capacity -= max(0, ahead.get(RESERVED, 0))  # what is reserved is no longer readable ...
+    if steps == 5:
+        twin.lanes[0].capacity = 30  # ... unless the lane has never been full
+    assert len(buffer) == len(twin)
+    for unit in (Episode(), Transition(n_step=2), Sequence(2, burn_in=1)):
+        starts = twin.starts(unit)
+        if starts:
+            assert set(buffer.sample(200, unit).ids.tolist()) <= starts
+        assert buffer.stats().episodes == len(twin.starts(Episode()))
+
+
+def test_ordinals_beyond_32_bits_lead_to_the_same_samples():
+    """Records keep the low 32 bits of an episode's ordinal; the count supplies the rest."""
+    plain, _ = filled(steps=0)
+    late, _ = filled(steps=0)
+    late._storage.heads()[EPISODES] = 2**32 - 3 + (-(2**32 - 3)) % late._storage.entries  # the same directory places
+    twins = ReplayTwin(2, 30), ReplayTwin(2, 30)
+    for i in range(60):
+        for buffer, twin in zip((plain, late), twins, strict=True):
+            buffer.add(make_step(twin, [0, 1], [(i % 4 == 3, False)] * 2, rewards=[float(i)] * 2))
+        assert len(plain) == len(late)
+        assert plain.stats().episodes == late.stats().episodes
+        units = [Transition(n_step=3)] if i > 3 else [Transition()]
+        for unit in [*units, *([Episode()] if i > 3 else [])]:
+            assert_same(late.sample(4, unit), plain.sample(4, unit))
+
+
+@pytest.mark.parametrize("unit", [Transition(), Transition(n_step=3), Sequence(2), Episode()], ids=str)
+def test_rows_overwritten_between_draw_and_copy_are_drawn_again(unit):
+    buffer, twin = filled(steps=40, lanes=1)
+    reader, count = buffer.reader(unit), 100
+    ids, limits = np.empty(count, np.int64), np.empty(count, np.int64)
+    assert reader.draw(1, 0, ids, limits) == count
+    old = ids.copy()
+    for i in range(12):
+        buffer.add(make_step(twin, [0], [(i % 5 == 4, False)], rewards=[0.0]))
+    live = twin.starts(unit)
+    redrawn = []
+
+    def again(rows):
+        redrawn.extend(rows.tolist())
+        for row in rows.tolist():
+            one = slice(row, row + 1)
+            assert reader.draw(1, row, ids[one], limits[one], 7 << 16) == 1
+
+    batch = reader.collect(ids, limits, again, torch.empty(0, dtype=torch.uint8).new_empty)
+    dead = [row for row in range(count) if old[row] & (2**44 - 1) < twin.lanes[0].tail]
+    assert dead
+    assert set(dead) <= set(redrawn)
+    assert set(batch.ids[dead].tolist()) <= live
+    kept = [row for row in range(count) if row not in redrawn]
+    assert np.array_equal(batch.ids.numpy()[kept], old[kept])
+
+
+def test_draws_where_few_starts_are_valid_are_uniform_over_those():
+    """With 3 of 400 rows valid, rejection gives up and counts: still each as likely as the others."""
+    buffer, twin = ReplayBuffer(SPACE, Discrete(11), capacity=500, storage="private"), ReplayTwin(1, 500)
+    for length in [1] * 60 + [12] + [1] * 60:
+        for t in range(length):
+            buffer.add(make_step(twin, [0], [(t == length - 1, False)], rewards=[0.0]))
+    unit = Sequence(10, boundary="strict")
+    starts = sorted(twin.starts(unit))
+    assert len(starts) == 3
+    counts = np.bincount(np.searchsorted(starts, buffer.sample(3000, unit).ids.numpy()), minlength=3)
+    assert np.abs(counts - 1000).max() < 130  # five standard deviations
