@@ -98,7 +98,7 @@ def check_windows(batch, twin, unit):
         assert not batch.observation["image"][i, n + 1 :].any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(histories())
 def test_buffer_any_history_equals_twin(history):
     lanes, rows, events = history
@@ -107,18 +107,19 @@ def test_buffer_any_history_equals_twin(history):
         stats = buffer.stats()
         assert stats.rows == sum(len(lane.live()) for lane in twin.lanes)
         assert stats.episodes == len(twin.starts(Episode()))
-        if number % 7 == len(events) % 7:
+        if number % 9 == (len(events) - 1) % 9:
             for unit in UNITS:
-                check_unit(buffer, twin, unit)
+                # At the end more than two blocks of 64, which is how the kernels go through a batch.
+                check_unit(buffer, twin, unit, 150 if number == len(events) - 1 else 16)
 
 
-def check_unit(buffer, twin, unit):
+def check_unit(buffer, twin, unit, batch_size):
     starts = twin.starts(unit)
     if not starts:
         with pytest.raises(NotEnoughDataError):
             buffer.sample(1, unit)
         return
-    batch = buffer.sample(24 if isinstance(unit, Episode) else 150, unit)  # more than two blocks of 64
+    batch = buffer.sample(batch_size, unit)
     assert set(batch.ids.tolist()) <= starts
     (check_transitions if isinstance(unit, Transition) else check_windows)(batch, twin, unit)
 
