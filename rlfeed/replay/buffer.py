@@ -18,8 +18,6 @@ from rlfeed.replay.writer import StepWriter
 from rlfeed.specs import from_space
 from rlfeed.types import Batch, Step
 
-MOST_LANES, MOST_ROWS = 1 << 19, 1 << 32  # an id has 19 bits for the lane, a directory entry 32 for the row
-
 
 @dataclass(frozen=True, slots=True)
 class ReplayStats:
@@ -355,11 +353,6 @@ def _check_config(capacity: int, num_envs: int, storage: str, path: str | Path |
             wrong.append(f"{name} is {value!r}; expected an int >= {least}")
     if storage not in ("private", "shared", "memmap", "cuda"):
         wrong.append(f"storage is {storage!r}; expected 'shared', 'private', 'memmap' or 'cuda'")
-    if not wrong and (num_envs >= MOST_LANES or capacity // num_envs >= MOST_ROWS):
-        wrong.append(
-            f"{num_envs} lanes of {capacity // num_envs} rows; expected fewer than {MOST_LANES} lanes of fewer than "
-            f"{MOST_ROWS} rows"
-        )
     if (storage == "memmap") != (path is not None):
         wrong.append(f"storage is {storage!r} and path is {path!r}; expected a path exactly where storage='memmap'")
     if wrong:

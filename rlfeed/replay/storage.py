@@ -29,6 +29,7 @@ from rlfeed.specs import ArraySpec
 Kind = Literal["private", "shared", "memmap", "cuda"]
 LARGE_BYTES = 1024
 LEAST_ROWS = 4
+MOST_LANES, MOST_ROWS = 1 << 19, 1 << 32  # an id has 19 bits for the lane, a directory entry 32 for the row
 REWARD = ArraySpec((), np.dtype(np.float32))
 
 
@@ -61,21 +62,13 @@ class Memory:
         replace: Whether the file may exist already.
 
     Raises:
-        CapacityError: If it does not fit, with the numbers.
+        CapacityError: If it cannot be reserved.
         ConfigError: If the file exists, or another buffer uses it.
     """
 
     def __init__(self, kind: Kind, nbytes: int, path: Path | None = None, *, replace: bool = False) -> None:
         self.kind: Kind = kind
         self.nbytes, self.path = nbytes, path
-        available = _available_bytes(path)
-        if nbytes > 0.9 * available:
-            place = f"on the disk of {path}" if kind == "memmap" else "in memory"
-            raise CapacityError(
-                f"ReplayBuffer: needs {_readable(nbytes)}, but {_readable(available)} are free {place}; expected at "
-                f"most 90 % of that. Lower capacity to about {0.9 * available / nbytes:.2%} of what was asked"
-                + ("." if kind == "memmap" else ", or use storage='memmap' with a path.")
-            )
         self._fd = -1 if kind == "private" else _open_file(kind, nbytes, path, replace)
         self._map()
 
@@ -146,6 +139,17 @@ def _open_file(kind: Kind, nbytes: int, path: Path | None, replace: bool) -> int
     return fd
 
 
+def _check_fits(kind: Kind, nbytes: int, path: Path | None) -> None:
+    available = _available_bytes(path)
+    if nbytes > 0.9 * available:
+        place = f"on the disk of {path}" if kind == "memmap" else "in memory"
+        raise CapacityError(
+            f"ReplayBuffer: needs {_readable(nbytes)}, but {_readable(available)} are free {place}; expected at "
+            f"most 90 % of that. Lower capacity to about {0.9 * available / nbytes:.2%} of what was asked"
+            + ("." if kind == "memmap" else ", or use storage='memmap' with a path.")
+        )
+
+
 def _available_bytes(path: Path | None) -> int:
     if path is not None:
         folder = next(p for p in (path.absolute().parent, *path.absolute().parents) if p.exists())
@@ -206,6 +210,12 @@ class Storage:
         self.lanes, self.rows, self.entries = lanes, rows, rows // 2 + 2
         self.fields = {**fields, "reward": REWARD}
         self._place()
+        _check_fits(kind, self.nbytes, path)
+        if lanes >= MOST_LANES or rows >= MOST_ROWS:
+            raise ConfigError(
+                f"ReplayBuffer: capacity gives {lanes} lanes of {rows} rows; expected fewer than {MOST_LANES} lanes of "
+                f"fewer than {MOST_ROWS} rows. Lower num_envs or capacity."
+            )
         self.memory = Memory(kind, self.nbytes, path, replace=replace)
         self._bind()
 
