@@ -7,7 +7,9 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+# editable_mode=compat: a plain path. setuptools' own finder loses against a folder named rlfeed beside a user's script.
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt \
+	--config-settings editable_mode=compat
 
 .PHONY: help train test test-slow lint tensorboard benchmark clean
 

@@ -12,6 +12,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))  # agents/ lives in the checkout, not in site-packages
+sys.path.append(str(Path.cwd()))  # package.module:ClassName may lie where the script was called
 
 from agents import PRESETS  # noqa: E402
 from agents.config import TrainConfig, from_dict  # noqa: E402
@@ -184,9 +185,10 @@ def summary(result: Evaluation) -> str:
         result: The evaluation.
 
     Returns:
-        ``evaluation: mean 500.0 std 0.0 episodes 20``.
+        ``evaluation: mean 500.0 std 0.0 episodes 20``; small returns are given with more digits.
     """
-    return f"evaluation: mean {result.mean:.1f} std {result.std:.1f} episodes {len(result.returns)}"
+    digits = 1 if abs(result.mean) >= 10 else 4
+    return f"evaluation: mean {result.mean:.{digits}f} std {result.std:.{digits}f} episodes {len(result.returns)}"
 
 
 @REGISTRY.primitive_rule

@@ -10,6 +10,7 @@ import tyro
 from command_line import EVALUATION_ENVS, find_run, guarded, load_config, summary
 
 from rlfeed.envs import make_envs
+from rlfeed.errors import ConfigError
 from rlfeed.feed.device import choose_device
 from rlfeed.train.checkpoint import Checkpoints
 from rlfeed.train.evaluate import evaluate
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     chosen = command_line.parse(CommandLine, argv, prog="evaluate.py", description="Evaluate a run's last checkpoint.")
+    if chosen.episodes < 1:
+        raise ConfigError(f"--episodes: is {chosen.episodes}; expected at least 1.")
     run = find_run(chosen.run_dir)
     _, config = load_config(run)
     device, _ = choose_device(chosen.device)

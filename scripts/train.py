@@ -161,7 +161,7 @@ def _resume(path: Path, preset: str, config: TrainConfig, dry_run: bool) -> int:
     if dry_run:
         return _describe(preset, config, parts, _new_buffer(config, parts.envs, "private"))
     marker = read_marker(path)
-    run = RunDirectory.resume(path)
+    run = RunDirectory.resume(path, {"preset": preset, "config": to_dict(config)})
     checkpoint = run.checkpoints.latest(repair=True)
     if checkpoint.env_steps >= config.total_steps and marker == "DONE":
         run.mark("DONE")

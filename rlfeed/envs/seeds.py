@@ -6,6 +6,7 @@ import gymnasium
 import numpy as np
 
 from rlfeed.envs.boundary import ObservationCheck
+from rlfeed.envs.source import own_traceback
 from rlfeed.errors import EnvFailedError
 from rlfeed.nest import map_nest
 
@@ -38,7 +39,8 @@ def failed(where: str, call: str, error: Exception) -> EnvFailedError:
         The error to raise from it.
     """
     return EnvFailedError(
-        f"{where}: {call} raised {type(error).__name__}: {error}. Mend the environment; its own traceback is above."
+        f"{where}: {call} raised {type(error).__name__}: {error}. Mend the environment; this is its own "
+        f"traceback:\n{own_traceback(error)}"
     )
 
 

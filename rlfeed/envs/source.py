@@ -22,6 +22,7 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 from rlfeed.errors import ConfigError, EnvMakeError, EnvNotFoundError, suggest
 
 Wrapper = Callable[[gymnasium.Env], gymnasium.Env]
+_OURS = (str(Path(__file__).parents[1]), str(Path(gymnasium.__file__).parent), "<frozen importlib")
 GYMNASIUM_KWARGS = ("max_episode_steps", "render_mode")  # gymnasium.make takes these for every environment
 
 
@@ -72,7 +73,8 @@ class EnvSource:
         except Exception as error:
             raise EnvMakeError(
                 f"{self.name}: its constructor raised {type(error).__name__}; expected an environment. "
-                f"Mend the constructor or its arguments {dict(self.kwargs)}; this is its own traceback:\n{_own(error)}"
+                f"Mend the constructor or its arguments {dict(self.kwargs)}; this is its own traceback:\n"
+                f"{own_traceback(error)}"
             ) from error
         if not isinstance(env, gymnasium.Env):
             raise ConfigError(_no_env(self.name, type(env)))
@@ -118,7 +120,7 @@ class EnvSource:
             entry = maker.entry_point
             try:
                 function = load_env_creator(entry) if isinstance(entry, str) else entry
-            except ImportError:
+            except (ImportError, gymnasium.error.Error):
                 return  # gymnasium.make raises the same, with its hint what to install
             extra = (*GYMNASIUM_KWARGS, *maker.kwargs)
         try:
@@ -238,13 +240,20 @@ def _no_env(name: str, found: type) -> str:
 def _import_failed(place: str, error: BaseException) -> str:
     return (
         f"{place}: importing it raised {type(error).__name__}; expected a module that imports. "
-        f"This is its own traceback:\n{_own(error)}"
+        f"This is its own traceback:\n{own_traceback(error)}"
     )
 
 
-def _own(error: BaseException) -> str:
-    """Format a traceback without our frames and those of the import machinery."""
+def own_traceback(error: BaseException) -> str:
+    """Format a traceback without the frames of rlfeed, Gymnasium and the import machinery.
+
+    Args:
+        error: What user code raised.
+
+    Returns:
+        The traceback, from the user's code on; whole where nothing of it is left.
+    """
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if f.filename != __file__ and not f.filename.startswith("<frozen importlib")]
-    lines = traceback.format_list(own) + traceback.format_exception_only(error)
-    return "Traceback (most recent call last):\n" + "".join(lines)
+    own = [f for f in frames if not f.filename.startswith(_OURS)]
+    lines = traceback.format_list(own or frames) + traceback.format_exception_only(error)
+    return "Traceback (most recent call last):\n" + "".join(lines).rstrip()

@@ -32,6 +32,11 @@ def pad_collate(samples: list[Any]) -> Batch:
     Raises:
         FieldError: If the samples do not have the same fields, shapes and dtypes.
     """
+    if not isinstance(samples, list | tuple):
+        raise FieldError(
+            f"pad_collate: got a {type(samples).__name__}; expected a list of samples. Give the DataLoader a "
+            "batch_size, or give it to the dataset and leave pad_collate out."
+        )
     if not samples:
         raise FieldError("pad_collate: got no samples; expected at least one.")
     first = samples[0]

@@ -58,6 +58,8 @@ class ReplayDataset(IterableDataset[Any]):
         limiter: Limiter | None = None,
         seed: int = 0,
     ) -> None:
+        if not isinstance(buffer, ReplayBuffer):
+            raise ConfigError(f"ReplayDataset: buffer is a {type(buffer).__name__}; expected a ReplayBuffer.")
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"ReplayDataset: batch_size is {batch_size}; expected at least 1, or None.")
         if seed < 0:

@@ -294,11 +294,13 @@ class Reader(ABC):
         Returns:
             The error, with what is stored and what is needed.
         """
-        counts = np.zeros(3, np.int64)
+        counts, lanes, rows = np.zeros(3, np.int64), self._storage.lanes, self._storage.rows
         steps = k.count_steps(self._plan, counts)
+        full = counts[1] == lanes * rows
+        remedy = f"Its {lanes} lanes of {rows} rows are full: raise capacity." if full else "Collect more steps first."
         return NotEnoughDataError(
             f"ReplayBuffer: holds {steps} steps and {counts[0]} whole episodes, none of which can start "
-            f"{self.unit}; expected {self._need()}. Collect more steps first."
+            f"{self.unit}; expected {self._need()}. {remedy}"
         )
 
     def _need(self) -> str:

@@ -61,6 +61,8 @@ class StepWriter:
             FieldError: If a field does not fit; all findings at once.
             LaneError: If a row does not continue its lane.
         """
+        if not isinstance(step, Step):
+            raise FieldError(f"ReplayBuffer.add: got a {type(step).__name__}; expected a Step, as Rollout gives.")
         count = len(step.reward) if np.ndim(step.reward) == 1 else -1
         if count < 0:
             raise FieldError(f"ReplayBuffer.add: reward is {step.reward!r}; expected shape (k,), one number per row.")

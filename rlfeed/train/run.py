@@ -86,7 +86,13 @@ class RunDirectory:
         """
         directory = Path(path)
         _refuse_taken(directory)
-        make_directory(directory)
+        try:
+            make_directory(directory)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"run directory {directory}: cannot be made ({error.strerror}); expected a place to write to. Choose "
+                "another --run-dir."
+            ) from error
         lock = Lock(directory / LOCK)
         try:
             _refuse_taken(directory)  # another process may have come between the first look and the lock
@@ -99,11 +105,12 @@ class RunDirectory:
         return cls(directory, read_config(directory), lock)
 
     @classmethod
-    def resume(cls, path: Path | str) -> Self:
+    def resume(cls, path: Path | str, config: Mapping[str, Any] | None = None) -> Self:
         """Go on with a run that ended, was stopped or was killed.
 
         Args:
             path: Its directory.
+            config: The settings it goes on with, where they have changed; they are the run's from now on.
 
         Returns:
             The run, locked; entered as a context manager it is no longer marked as ended.
@@ -112,7 +119,7 @@ class RunDirectory:
             RunDirectoryError: If it holds no run, no checkpoint to go on from, or another process holds it.
         """
         directory = Path(path)
-        config = read_config(directory)
+        before = read_config(directory)
         lock = Lock(directory / LOCK)
         try:
             clean_temporaries(directory)
@@ -121,10 +128,12 @@ class RunDirectory:
                     f"run directory {directory}: has no checkpoint; expected at least one to go on from. It stopped "
                     "before the first: start it again with another --run-dir."
                 )
+            if config is not None and dict(config) != before:
+                write_json(directory / CONFIG, dict(config))
         except BaseException:
             lock.release()
             raise
-        return cls(directory, config, lock)
+        return cls(directory, before if config is None else dict(config), lock)
 
     def mark(self, marker: Marker, text: str = "") -> None:
         """Say how the run ended.

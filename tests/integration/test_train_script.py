@@ -152,7 +152,7 @@ def test_finished_run_ends_with_three_lines(finished, capsys):
     assert train(*SHORT, "--run-dir", "again") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-3] == "run: again"
-    assert re.fullmatch(r"evaluation: mean \d+\.\d std \d+\.\d episodes 4", lines[-2])
+    assert re.fullmatch(r"evaluation: mean \d+\.\d+ std \d+\.\d+ episodes 4", lines[-2])
     assert lines[-1] == "curves: tensorboard --logdir again"
     # The same seed gives the same run.
     assert learned(Path("again")) == learned(finished)
@@ -182,7 +182,7 @@ def test_evaluate_gives_the_run_s_last_evaluation_again(finished, capsys):
     assert evaluate_script.main([str(finished / "checkpoints"), "--episodes", "4"]) == 0
     out = capsys.readouterr().out
     _, mean = scalars(finished)["eval/mean_reward"][-1]
-    assert f"evaluation: mean {mean:.1f} std " in out
+    assert f"evaluation: mean {mean:.{1 if mean >= 10 else 4}f} std " in out
     assert "episodes 4" in out
 
 
@@ -277,7 +277,7 @@ def test_custom_environment_killed_in_the_middle_is_resumed_from_elsewhere(tmp_p
     )
     assert resumed.returncode == 0, resumed.stderr
     assert f"resumed at env step {saved} of 1200" in resumed.stdout
-    assert re.search(r"\nevaluation: mean \d\.\d std \d\.\d episodes 4\n", resumed.stdout)
+    assert re.search(r"\nevaluation: mean \d+\.\d+ std \d+\.\d+ episodes 4\n", resumed.stdout)
     assert read_marker(tmp_path / "run") == "DONE"
     config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     assert config["env"]["kwargs"] == {"size": 5, "name": "row"}

@@ -312,3 +312,11 @@ def test_loader_resumes_after_what_the_consumer_had_not_what_the_feed_took(monke
     resumed = make_loader(buffer, Transition(), batch_size=4)
     resumed.load_state_dict(loader.state_dict())
     assert ids_of(resumed, 3) == straight[2:]
+
+
+def test_library_misuse_is_said_in_our_words():
+    with pytest.raises(errors.ConfigError, match="buffer is a list; expected a ReplayBuffer"):
+        ReplayDataset([1, 2], Transition())
+    loader = DataLoader(ReplayDataset(make_buffer(), Transition()), batch_size=None, collate_fn=pad_collate)
+    with pytest.raises(errors.FieldError, match="got a Handle; expected a list of samples"):
+        next(iter(loader))

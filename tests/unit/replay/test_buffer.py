@@ -436,3 +436,16 @@ def test_draws_where_few_starts_are_valid_are_uniform_over_those():
     assert len(starts) == 3
     counts = np.bincount(np.searchsorted(starts, buffer.sample(3000, unit).ids.numpy()), minlength=3)
     assert np.abs(counts - 1000).max() < 130  # five standard deviations
+
+
+def test_add_what_is_no_step_is_refused():
+    with pytest.raises(errors.FieldError, match="got a dict; expected a Step"):
+        line_buffer().add({"reward": 1.0})
+
+
+def test_sample_from_lanes_too_short_for_the_episodes_says_so():
+    buffer = line_buffer(capacity=5)
+    for i in range(20):
+        buffer.add(line_step(i, first=i == 0))
+    with pytest.raises(errors.NotEnoughDataError, match="Its 1 lanes of 5 rows are full: raise capacity"):
+        buffer.sample(1, Episode())

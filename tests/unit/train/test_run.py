@@ -188,3 +188,16 @@ def test_describe_machine_is_json_and_leaves_cuda_alone():
 
     json.dumps(describe_machine())
     assert not torch.cuda.is_initialized()
+
+
+def test_resume_with_other_settings_keeps_them_for_the_next_resume(tmp_path):
+    run = RunDirectory.create(tmp_path / "run", {"total": 10})
+    run.checkpoints.save(1, {"agent": {}}, {}, {})
+    run.close()
+    RunDirectory.resume(tmp_path / "run", {"total": 20}).close()
+    assert RunDirectory.resume(tmp_path / "run").config == {"total": 20}
+
+
+def test_create_where_nothing_can_be_written_is_refused():
+    with pytest.raises(RunDirectoryError, match="cannot be made"):
+        RunDirectory.create("/proc/nowhere/run", {})
