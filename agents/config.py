@@ -68,7 +68,7 @@ class TrainConfig(LoopConfig):
         agent: The algorithm's settings.
         seed: Seeds networks, episodes, exploration and draws: the same seed gives the same run on one device.
         device: Where to learn: cpu, cuda, cuda:N, mps, or auto (cuda, then mps, then cpu).
-        run_dir: Directory of this run; default runs/ENVIRONMENT/PRESET/DATE-TIME-sSEED-XXXX.
+        run_dir: Directory of this run; default runs/ENVIRONMENT/PRESET/DATE-TIME-sSEED-HEX.
     """
 
     env: EnvConfig = field(default_factory=EnvConfig)

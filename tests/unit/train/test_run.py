@@ -42,7 +42,7 @@ def stopped(path):
     [
         ("CartPole-v1", r"runs/CartPole-v1/dqn/"),
         ("ALE/Pong-v5", r"runs/ALE-Pong-v5/dqn/"),
-        ("/home/me/envs/maze.py:Maze", r"runs/maze\.py-Maze/dqn/"),
+        ("/elsewhere/envs/maze.py:Maze", r"runs/maze\.py-Maze/dqn/"),
         ("my_pkg.envs:Maze", r"runs/my_pkg\.envs-Maze/dqn/"),
         ("..", r"runs/env/dqn/"),
     ],
