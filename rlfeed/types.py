@@ -83,11 +83,11 @@ class Layout:
         nbytes: The block's length in bytes, a multiple of 64.
     """
 
-    __slots__ = ("_dtypes", "_plan", "names", "nbytes", "slots")
+    __slots__ = ("_dtypes", "_plan", "nbytes", "nested", "slots")
 
     def __init__(self, slots: tuple[Slot, ...], nbytes: int) -> None:
         self.slots, self.nbytes = slots, nbytes
-        self.names = tuple(dict.fromkeys(slot.name for slot in slots))
+        self.nested = tuple(dict.fromkeys(slot.name for slot in slots if slot.path))
         self._dtypes = tuple(dict.fromkeys(slot.dtype for slot in slots))
         self._plan = [
             (s.name, s.path, s.dtype, s.shape, _strides(s.shape), s.offset // s.dtype.itemsize) for s in slots
@@ -179,7 +179,7 @@ class Batch:
     extras: dict[str, Nest] = field(default_factory=dict)
     _block: Tensor | None = field(default=None, init=False, repr=False)
     _layout: Layout | None = field(default=None, init=False, repr=False)
-    _carved: list[Tensor] | None = field(default=None, init=False, repr=False)
+    _carved: tuple[Tensor, ...] = field(default=(), init=False, repr=False)
 
     @classmethod
     def carve(cls, block: Tensor, layout: Layout, ids: Tensor | None = None) -> "Batch":
@@ -197,15 +197,16 @@ class Batch:
         values = batch.__dict__
         values.update(_BLANK, extras={}, _block=block, _layout=layout)
         layout.fill(values, block)
-        values["_carved"] = _leaves(values, layout)
+        if layout.nested:
+            values["_carved"] = _leaves(values, layout)
         if ids is not None:
             values["ids"] = ids
         return batch
 
     def _whole(self) -> tuple[Tensor, Layout] | None:
-        """Give the block and its layout while they are all there is: a field may have been set or a dict edited."""
+        """Give the block and its layout while they are all there is: fields are frozen, but a dict may be edited."""
         block, layout = self._block, self._layout
-        if block is None or layout is None or self._carved is None or (self.extras and "extras" not in layout.names):
+        if block is None or layout is None or (self.extras and "extras" not in layout.nested):
             return None
         now = _leaves(self.__dict__, layout)
         same = len(now) == len(self._carved) and all(a is b for a, b in zip(now, self._carved, strict=True))
@@ -302,8 +303,8 @@ class Batch:
         return self.map(lambda tensor: tensor.clone())
 
 
-def _leaves(values: Mapping[str, Any], layout: Layout) -> list[Tensor]:
-    return [leaf for name in layout.names if name != "ids" for _, leaf in leaves(values[name])]
+def _leaves(values: Mapping[str, Any], layout: Layout) -> tuple[Tensor, ...]:
+    return tuple(leaf for name in layout.nested for _, leaf in leaves(values[name]))
 
 
 _BLANK = {f.name: f.default for f in fields(Batch) if f.default is not MISSING}

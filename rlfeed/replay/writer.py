@@ -63,9 +63,9 @@ class StepWriter:
         """
         if not isinstance(step, Step):
             raise FieldError(f"ReplayBuffer.add: got a {type(step).__name__}; expected a Step, as Rollout gives.")
-        count = len(step.reward) if np.ndim(step.reward) == 1 else -1
-        if count < 0:
+        if getattr(step.reward, "ndim", None) != 1 and np.ndim(step.reward) != 1:
             raise FieldError(f"ReplayBuffer.add: reward is {step.reward!r}; expected shape (k,), one number per row.")
+        count = len(step.reward)
         alive: list[np.ndarray | None] = []  # the kernel follows pointers into these
         if not self._point(step, count, alive):
             step = self._fit(step, count)
@@ -88,21 +88,19 @@ class StepWriter:
             return False
         for name, path, shape, dtype in expected:
             value = getattr(step, name)
-            try:
-                value = _leaf(value, path)
-            except (KeyError, IndexError, TypeError):
+            if path:
+                try:
+                    value = _leaf(value, path)
+                except (KeyError, IndexError, TypeError):
+                    return False
+            if type(value) is np.ndarray:
+                if value.shape != shape or value.dtype != dtype or not value.flags.c_contiguous:
+                    return False
+            elif value is not None or name not in ("env_ids", "lost"):
                 return False
-            if value is None and name in ("env_ids", "lost"):
-                alive.append(None if name == "lost" else self._lanes[count])
-            elif (
-                type(value) is np.ndarray
-                and value.shape == shape
-                and value.dtype == dtype
-                and value.flags.c_contiguous
-            ):
-                alive.append(value)
-            else:
-                return False
+            elif name == "env_ids":
+                value = self._lanes[count]
+            alive.append(value)
         return True
 
     def _fit(self, step: Step, count: int) -> Step:
