@@ -8,10 +8,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlfeed.envs import make_envs
-    from rlfeed.feed import DeviceFeed, ReplayDataset, ReplayLoader, make_loader, pad_collate
+    from rlfeed.envs import Finding, check_env, make_envs
+    from rlfeed.feed import (
+        DeviceFeed,
+        ReplayDataset,
+        ReplayLoader,
+        cycle,
+        epoch,
+        make_loader,
+        pad_collate,
+        stream,
+    )
     from rlfeed.replay import (
         Episode,
+        Hindsight,
         Limiter,
         Mixture,
         Prioritized,
@@ -23,6 +33,7 @@ if TYPE_CHECKING:
     )
     from rlfeed.rollout import Feedback, Rollout
     from rlfeed.train.evaluate import Evaluation, evaluate
+    from rlfeed.train.run import load_policy
     from rlfeed.types import Batch, Policy, PolicyContext, PolicyOutput, Step
 
 __version__ = "0.1.0"
@@ -33,6 +44,8 @@ __all__ = [
     "Episode",
     "Evaluation",
     "Feedback",
+    "Finding",
+    "Hindsight",
     "Limiter",
     "Mixture",
     "Policy",
@@ -48,17 +61,25 @@ __all__ = [
     "Step",
     "Transition",
     "Uniform",
+    "check_env",
+    "cycle",
+    "epoch",
     "evaluate",
+    "load_policy",
     "make_envs",
     "make_loader",
     "pad_collate",
+    "stream",
 ]
 
 _HOMES = {
-    "rlfeed.envs": {"make_envs"},
-    "rlfeed.feed": {"DeviceFeed", "ReplayDataset", "ReplayLoader", "make_loader", "pad_collate"},
+    "rlfeed.envs": {"Finding", "check_env", "make_envs"},
+    "rlfeed.feed": {
+        "DeviceFeed", "ReplayDataset", "ReplayLoader", "cycle", "epoch", "make_loader", "pad_collate", "stream",
+    },
     "rlfeed.rollout": {"Feedback", "Rollout"},
     "rlfeed.train.evaluate": {"Evaluation", "evaluate"},
+    "rlfeed.train.run": {"load_policy"},
     "rlfeed.types": {"Batch", "Policy", "PolicyContext", "PolicyOutput", "Step"},
 }
 

@@ -1,6 +1,7 @@
 """Environments: made by name, and one contract for what comes out of them."""
 
 from rlfeed.envs.autoreset import Envs, Outcome, Ready, VectorEnvs
+from rlfeed.envs.check import Finding, check_env
 from rlfeed.envs.make import as_envs, make_envs
 from rlfeed.envs.seeds import NumberedEpisodes, episode_seed
 from rlfeed.envs.serial import SerialEnvs
@@ -9,12 +10,14 @@ from rlfeed.envs.source import EnvSource
 __all__ = [
     "EnvSource",
     "Envs",
+    "Finding",
     "NumberedEpisodes",
     "Outcome",
     "Ready",
     "SerialEnvs",
     "VectorEnvs",
     "as_envs",
+    "check_env",
     "episode_seed",
     "make_envs",
 ]

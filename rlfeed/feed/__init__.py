@@ -4,5 +4,16 @@ from rlfeed.feed.collate import pad_collate
 from rlfeed.feed.dataset import ReplayDataset
 from rlfeed.feed.device import DeviceFeed, FeedStats
 from rlfeed.feed.loader import ReplayLoader, make_loader
+from rlfeed.feed.streams import cycle, epoch, stream
 
-__all__ = ["DeviceFeed", "FeedStats", "ReplayDataset", "ReplayLoader", "make_loader", "pad_collate"]
+__all__ = [
+    "DeviceFeed",
+    "FeedStats",
+    "ReplayDataset",
+    "ReplayLoader",
+    "cycle",
+    "epoch",
+    "make_loader",
+    "pad_collate",
+    "stream",
+]

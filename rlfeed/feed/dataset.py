@@ -39,7 +39,8 @@ class ReplayDataset(IterableDataset[Any]):
         buffer: What to draw from; workers see what is added after they started.
         unit: What a draw becomes: Transition, Sequence or Episode.
         batch_size: B: yield whole batches, for ``DataLoader(..., batch_size=None)``. None: yield single samples, for
-            ``DataLoader(..., batch_size=B, collate_fn=pad_collate)``.
+            ``DataLoader(..., batch_size=B, collate_fn=pad_collate)``. A collate function that is not ours gets mappings
+            of arrays, one by one, and with several workers in another order of draws.
         transform: Applied to each `Batch`, in the worker where there is one.
         limiter: Bounds samples per inserted step.
         seed: Of the draws, >= 0.

@@ -2,11 +2,12 @@
 
 from rlfeed.replay.buffer import ReplayBuffer, ReplayStats
 from rlfeed.replay.limiter import Limiter
-from rlfeed.replay.samplers import Mixture, Prioritized, Recent, Uniform
+from rlfeed.replay.samplers import Hindsight, Mixture, Prioritized, Recent, Uniform
 from rlfeed.replay.units import Episode, Sequence, Transition
 
 __all__ = [
     "Episode",
+    "Hindsight",
     "Limiter",
     "Mixture",
     "Prioritized",

@@ -1,8 +1,8 @@
 """Samplers say which index is drawn; one per buffer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -50,6 +50,21 @@ class Mixture:
     """
 
     samplers: Mapping["Uniform | Prioritized | Recent", float]
+
+
+@dataclass(frozen=True, slots=True)
+class Hindsight:
+    """Relabel goals on the gathered copy; for ``Transition(relabel=...)``.
+
+    Args:
+        strategy: ``"future"``, ``"final"`` or ``"episode"``: where the new goals come from.
+        fraction: Share of the samples that get a new goal, 0 .. 1.
+        reward_fn: Computes rewards from achieved and desired goals.
+    """
+
+    strategy: Literal["future", "final", "episode"]
+    fraction: float
+    reward_fn: Callable[..., Any]
 
 
 Sampler = Uniform | Prioritized | Recent | Mixture

@@ -25,9 +25,10 @@ from typing import Any, Literal, Self
 import torch
 
 from rlfeed.durable import clean_temporaries, make_directory, read_json, write_bytes, write_json
-from rlfeed.errors import CheckpointError, RunDirectoryError
+from rlfeed.errors import CheckpointError, RunDirectoryError, UnsupportedError
 from rlfeed.train.checkpoint import Checkpoints
 from rlfeed.train.lock import Lock
+from rlfeed.types import Policy
 
 Marker = Literal["DONE", "STOPPED", "FAILED"]
 MARKERS: tuple[Marker, ...] = ("DONE", "STOPPED", "FAILED")
@@ -261,3 +262,20 @@ def _git(*arguments: str) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def load_policy(run_dir: Path | str) -> Policy:
+    """Give back the policy of a run.
+
+    Args:
+        run_dir: The run directory.
+
+    Returns:
+        The policy of its last checkpoint.
+
+    Raises:
+        UnsupportedError: In this version.
+    """
+    raise UnsupportedError(
+        f"load_policy({str(run_dir)!r}): is not served by this version. Evaluate the run with scripts/evaluate.py."
+    )

@@ -1,10 +1,12 @@
 """The public names and their signatures: code outside this repository is written against them."""
 
 import inspect
+import itertools
 
 import pytest
 
 import rlfeed
+from rlfeed.errors import ConfigError, UnsupportedError
 from rlfeed.log import tags
 from rlfeed.rollout import Rollout
 
@@ -20,6 +22,13 @@ SIGNATURES = {
     "Evaluation": "(returns, lengths, mean, std)",
     "ReplayBuffer": "(observation_space, action_space, *, capacity, num_envs=1, sampler=Uniform(), extras={}, "
     "frame_stack=1, carry_every=1, storage='shared', path=None, seed=0)",
+    "Hindsight": "(strategy, fraction, reward_fn)",
+    "Finding": "(where, problem, expected, fix)",
+    "check_env": "(env_or_factory, *, episodes=3)",
+    "load_policy": "(run_dir)",
+    "epoch": "(buffer, unit, batch_size, *, shuffle=True, drop_last=False, num_workers=0)",
+    "stream": "(factory)",
+    "cycle": "(loader)",
     "Transition": "(n_step=1, gamma=0.99, relabel=None)",
     "Sequence": "(length, burn_in=0, gamma=0.99, boundary='pad', stride=None)",
     "Episode": "(max_length=None, gamma=0.99)",
@@ -90,6 +99,28 @@ def test_public_names_are_sorted_and_all_there():
     assert rlfeed.__all__ == sorted(rlfeed.__all__)
     assert set(SIGNATURES) <= set(rlfeed.__all__)
     assert all(inspect.getdoc(getattr(rlfeed, name)) for name in rlfeed.__all__)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: rlfeed.check_env(object),
+        lambda: rlfeed.load_policy("runs/x"),
+        lambda: rlfeed.epoch(object(), rlfeed.Transition(), 4),
+        lambda: rlfeed.stream(iter),
+        lambda: rlfeed.Transition(relabel=rlfeed.Hindsight("future", 0.8, max)),
+    ],
+)
+def test_what_is_not_served_yet_says_so(call):
+    with pytest.raises(UnsupportedError, match="this version"):
+        call()
+
+
+def test_cycle_goes_on_for_ever_and_refuses_what_is_empty():
+    assert list(itertools.islice(rlfeed.cycle([1, 2]), 5)) == [1, 2, 1, 2, 1]
+    used_up = iter([1])
+    with pytest.raises(ConfigError, match="give the loader itself"):
+        list(rlfeed.cycle(used_up))
 
 
 def test_rollout_and_dataset_are_iterators():
