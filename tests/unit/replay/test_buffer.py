@@ -449,3 +449,23 @@ def test_sample_from_lanes_too_short_for_the_episodes_says_so():
         buffer.add(line_step(i, first=i == 0))
     with pytest.raises(errors.NotEnoughDataError, match="Its 1 lanes of 5 rows are full: raise capacity"):
         buffer.sample(1, Episode())
+
+
+def test_rows_that_a_writer_has_reserved_since_the_draw_are_drawn_again():
+    """A writer announces what it will overwrite before it does: the announcement counts, not its commit."""
+    buffer, twin = filled(steps=200, lanes=1)
+    reader, count = buffer.reader(Transition()), 300
+    ids, limits = np.empty(count, np.int64), np.empty(count, np.int64)
+    reader.draw(1, 0, ids, limits)
+    buffer._storage.heads()[RESERVED] += 2
+    lost = np.flatnonzero((ids & (2**44 - 1)) < twin.lanes[0].tail + 2)
+    assert len(lost)
+    redrawn = []
+
+    def again(rows):
+        redrawn.extend(rows.tolist())
+        for row in rows.tolist():
+            reader.draw(1, row, ids[row : row + 1], limits[row : row + 1], 9 << 16)
+
+    reader.collect(ids, limits, again, torch.empty(0, dtype=torch.uint8).new_empty)
+    assert redrawn == lost.tolist()
