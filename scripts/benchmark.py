@@ -83,14 +83,13 @@ def replay() -> None:
     buffer = filled(ROWS, 8, 1000)
     unit = Transition()
     for batch_size, calls in ((256, 400), (4096, 40)):
-        ids, limits = np.empty(batch_size, np.int64), np.empty(batch_size, np.int64)
         batch = buffer.sample(batch_size, unit)
-        reader, block, layout = buffer.reader(unit), batch._block, batch._layout
+        sampler, block, layout = buffer.unit_sampler(unit), batch._block, batch._layout
         measure(
             f"uniform {batch_size} transitions with successors, {ROWS:,} rows of 17 floats and 6 actions",
             {
                 "numpy.take of packed pairs, nothing else": bare_gather(batch_size),
-                "  its draws alone": lambda r=reader, i=ids, h=limits: r.draw(1, 0, i, h),
+                "  its draws alone": lambda s=sampler, n=batch_size: s.draw(1, 0, n),
                 "  the tensors that show its block alone": lambda b=block, c=layout: Batch.carve(b, c),  # pyright: ignore
                 "ReplayBuffer.sample": lambda n=batch_size: buffer.sample(n, unit),
                 "ReplayBuffer.sample, n_step=3": lambda n=batch_size: buffer.sample(n, Transition(n_step=3)),

@@ -23,8 +23,8 @@ from rlfeed.errors import ConfigError, FeedTimeoutError, FieldError, NotEnoughDa
 from rlfeed.nest import Nest, map_nest
 from rlfeed.replay.buffer import ReplayBuffer
 from rlfeed.replay.limiter import Limiter
+from rlfeed.replay.memory import Memory
 from rlfeed.replay.samplers import stream_key
-from rlfeed.replay.storage import Memory
 from rlfeed.replay.units import Unit
 from rlfeed.types import Batch
 
@@ -68,7 +68,7 @@ class ReplayDataset(IterableDataset[Any]):
         if limiter is not None:
             raise UnsupportedError(f"ReplayDataset: limiter is {limiter}; expected None in this version.")
         self._turns = _Turns()
-        buffer.reader(unit)  # refuses a unit that does not fit, now rather than in a worker
+        buffer.unit_sampler(unit)  # refuses a unit that does not fit, now rather than in a worker
         self.buffer, self.unit, self.batch_size, self.transform, self.seed = buffer, unit, batch_size, transform, seed
 
     def __iter__(self) -> Iterator[Any]:
@@ -150,7 +150,7 @@ class _Stream:
         identity = worker.seed - worker.id if worker else 0
         turn, self.first_draw = dataset._turns.begin(identity, self.num_workers)
         self.key = stream_key(dataset.seed, "loader", turn=turn)
-        self.reader = dataset.buffer.reader(dataset.unit)
+        self.sampler = dataset.buffer.unit_sampler(dataset.unit)
         self._next = 0
 
     def __iter__(self) -> "_Stream":
@@ -180,7 +180,7 @@ class _Stream:
         deadline, parent = time.monotonic() + WAIT_S, os.getppid()
         while True:
             try:
-                return self.reader.read(self.key, number, size, allocate)
+                return self.sampler.read(self.key, number, size, allocate)
             except NotEnoughDataError as error:
                 if not self.in_worker:  # the caller is the only writer: waiting for itself would never end
                     raise

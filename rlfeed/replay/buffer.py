@@ -11,9 +11,11 @@ from rlfeed.errors import ConfigError, LaneError, UnsupportedError
 from rlfeed.nest import Nest
 from rlfeed.replay import checkpoint
 from rlfeed.replay import kernels as k
+from rlfeed.replay.memory import Kind
 from rlfeed.replay.samplers import Sampler, Uniform, stream_key
-from rlfeed.replay.storage import Kind, Storage
-from rlfeed.replay.units import Reader, Unit, reader_for
+from rlfeed.replay.storage import Storage
+from rlfeed.replay.unit_sampler import UnitSampler
+from rlfeed.replay.units import Unit
 from rlfeed.replay.writer import StepWriter
 from rlfeed.specs import from_space
 from rlfeed.types import Batch, Step
@@ -104,7 +106,7 @@ class ReplayBuffer:
 
     def _bind(self) -> None:
         self._writer = StepWriter(self._storage)
-        self._readers: dict[Unit, Reader] = {}
+        self._unit_samplers: dict[Unit, UnitSampler] = {}
         self._key = stream_key(self.seed, "sample")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -218,21 +220,21 @@ class ReplayBuffer:
         """
         raise UnsupportedError(f"ReplayBuffer.release({list(env_ids)}): is not served by this version. Use cut.")
 
-    def reader(self, unit: Unit) -> Reader:
-        """Bind a unit to this buffer; readers are kept.
+    def unit_sampler(self, unit: Unit) -> UnitSampler:
+        """Bind a unit to this buffer and its sampler; what is bound is kept.
 
         Args:
             unit: Transition, Sequence or Episode.
 
         Returns:
-            Its reader, which draws and gathers by number.
+            What draws and gathers it by number.
 
         Raises:
             ConfigError: If a lane is shorter than what one sample touches, or this is no unit.
         """
-        found = self._readers.get(unit)
+        found = self._unit_samplers.get(unit)
         if found is None:
-            found = self._readers[unit] = reader_for(self._storage, unit)
+            found = self._unit_samplers[unit] = UnitSampler(self._storage, self.sampler, unit)
         return found
 
     def sample(self, batch_size: int, unit: Unit) -> Batch:
@@ -250,7 +252,7 @@ class ReplayBuffer:
         """
         if batch_size < 1:
             raise ConfigError(f"ReplayBuffer.sample: batch_size is {batch_size}; expected at least 1.")
-        batch = self.reader(unit).read(self._key, self._drawn, batch_size)
+        batch = self.unit_sampler(unit).read(self._key, self._drawn, batch_size)
         self._drawn += batch_size
         return batch
 

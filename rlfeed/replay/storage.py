@@ -1,34 +1,28 @@
 """Where rows lie: one segment of memory, its heads, its episode directory, its records and its large columns.
 
-    segment = heads | directory | records [lane, row, stride] | one column [lane, row, bytes] per large field
+    segment = words | heads | directory | records [lane, row, stride] | one column [lane, row, bytes] per large field
 
 The small fields of a row lie side by side in one record (one memory access a row); a field of `LARGE_BYTES` and up has
 a column of its own. See docs/adr/0001-lanes-with-closing-rows.md.
 """
 
-import fcntl
-import mmap
-import multiprocessing.reduction as reduction
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from rlfeed.errors import CapacityError, ConfigError, UnsupportedError
+from rlfeed.errors import ConfigError
 from rlfeed.nest import Nest, leaves
 from rlfeed.nest import Path as LeafPath
 from rlfeed.replay import kernels as k
+from rlfeed.replay.memory import Kind, Memory, check_fits
 from rlfeed.specs import ArraySpec
 
-Kind = Literal["private", "shared", "memmap", "cuda"]
 LARGE_BYTES = 1024
 LEAST_ROWS = 4
+WORDS = 256  # shared counters and settings of the whole buffer; who owns which: `Storage.words`
+HEADS = 5  # lines of one word per lane: committed, reserved, episodes, steps, owner
 MOST_LANES, MOST_ROWS = 1 << 19, 1 << 32  # an id has 19 bits for the lane, a directory entry 32 for the row
 REWARD = ArraySpec((), np.dtype(np.float32))
 
@@ -50,130 +44,6 @@ class Column:
     spec: ArraySpec
     offset: int
     pitch: int
-
-
-class Memory:
-    """Hold a segment that processes can share: anonymous, in a memory file, or in a file on disk.
-
-    Args:
-        kind: Which.
-        nbytes: Its length.
-        path: The file, for ``memmap``.
-        replace: Whether the file may exist already.
-
-    Raises:
-        CapacityError: If it cannot be reserved.
-        ConfigError: If the file exists, or another buffer uses it.
-    """
-
-    def __init__(self, kind: Kind, nbytes: int, path: Path | None = None, *, replace: bool = False) -> None:
-        self.kind: Kind = kind
-        self.nbytes, self.path = nbytes, path
-        self._fd = -1 if kind == "private" else _open_file(kind, nbytes, path, replace)
-        self._map()
-
-    def _map(self) -> None:
-        if self.kind == "private":
-            self._mmap = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        else:
-            self._mmap = mmap.mmap(self._fd, self.nbytes)
-        self.bytes = np.frombuffer(self._mmap, np.uint8)
-        self.address = self.bytes.ctypes.data
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes out of a block of code that uses this memory; a killed process leaves no lock behind."""
-        fcntl.lockf(self._fd, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.lockf(self._fd, fcntl.LOCK_UN)
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self.kind == "private":
-            raise UnsupportedError(
-                "ReplayBuffer: storage='private' cannot be sent to another process; expected memory that processes "
-                "share. Use storage='shared' or 'memmap'."
-            )
-        state = {"kind": self.kind, "nbytes": self.nbytes, "path": self.path}
-        return state | {"fd": None if self.kind == "memmap" else reduction.DupFd(self._fd)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.kind, self.nbytes, self.path = state["kind"], state["nbytes"], state["path"]
-        self._fd = os.open(self.path, os.O_RDWR) if state["fd"] is None else state["fd"].detach()
-        self._map()
-
-    def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
-            os.close(self._fd)
-
-
-def _open_file(kind: Kind, nbytes: int, path: Path | None, replace: bool) -> int:
-    if kind == "memmap" and path is not None:
-        if path.exists() and not replace:
-            raise ConfigError(f"ReplayBuffer: {path} exists; expected a new file. Remove it, or choose another path.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the last process that maps it is gone
-        except OSError:
-            os.close(fd)
-            raise ConfigError(f"ReplayBuffer: {path} is in use by another buffer; expected one of its own.") from None
-    elif hasattr(os, "memfd_create"):  # not limited by the size of /dev/shm, and leaves no name behind
-        fd = os.memfd_create("rlfeed-replay", os.MFD_CLOEXEC)
-    else:
-        with tempfile.TemporaryFile() as file:
-            fd = os.dup(file.fileno())
-    try:
-        # Reserve now: a page that cannot be had later would kill the process that touches it.
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(fd, 0, nbytes)
-        else:
-            os.truncate(fd, nbytes)
-    except OSError as error:
-        os.close(fd)
-        raise CapacityError(
-            f"ReplayBuffer: {_readable(nbytes)} could not be reserved ({error.strerror}); expected room for the whole "
-            "buffer. Lower capacity, or use storage='memmap' with a path on a larger disk."
-        ) from error
-    return fd
-
-
-def _check_fits(kind: Kind, nbytes: int, path: Path | None) -> None:
-    available = _available_bytes(path)
-    if nbytes > 0.9 * available:
-        place = f"on the disk of {path}" if kind == "memmap" else "in memory"
-        raise CapacityError(
-            f"ReplayBuffer: needs {_readable(nbytes)}, but {_readable(available)} are free {place}; expected at "
-            f"most 90 % of that. Lower capacity to about {0.9 * available / nbytes:.2%} of what was asked"
-            + ("." if kind == "memmap" else ", or use storage='memmap' with a path.")
-        )
-
-
-def _available_bytes(path: Path | None) -> int:
-    if path is not None:
-        folder = next(p for p in (path.absolute().parent, *path.absolute().parents) if p.exists())
-        return shutil.disk_usage(folder).free + (path.stat().st_size if path.exists() else 0)
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    available = int(lines["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-        stat = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
-        cache = int(stat.get("inactive_file", 0))  # the kernel gives it back when asked
-        available = min(available, int(limit.read_text()) - int(used.read_text()) + cache)
-    return available
-
-
-def _readable(nbytes: float) -> str:
-    size, unit = float(nbytes), "bytes"
-    for larger in ("KB", "MB", "GB", "TB", "PB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.1f} {unit}" if unit != "bytes" else f"{int(size)} bytes"
 
 
 class Storage:
@@ -210,7 +80,7 @@ class Storage:
         self.lanes, self.rows, self.entries = lanes, rows, rows // 2 + 2
         self.fields = {**fields, "reward": REWARD}
         self._place()
-        _check_fits(kind, self.nbytes, path)
+        check_fits(kind, self.nbytes, path)
         if lanes >= MOST_LANES or rows >= MOST_ROWS:
             raise ConfigError(
                 f"ReplayBuffer: capacity gives {lanes} lanes of {rows} rows; expected fewer than {MOST_LANES} lanes of "
@@ -226,8 +96,8 @@ class Storage:
                 (large if spec.nbytes >= LARGE_BYTES else small).append((name, path, spec))
         small.sort(key=lambda field: -field[2].dtype.itemsize)  # largest alignment first: no holes
         head_bytes = _aligned(self.lanes * 8, 128)
-        self.heads_offset = 0
-        self.directory_offset = 4 * head_bytes
+        self.heads_offset = WORDS * 8
+        self.directory_offset = self.heads_offset + HEADS * head_bytes
         self.records_offset = _aligned(self.directory_offset + self.lanes * self.entries * 4, 4096)
         offset, inside = self.records_offset, k.HEAD_BYTES
         placed = []
@@ -249,7 +119,7 @@ class Storage:
     def _bind(self) -> None:
         base = self.memory.address
         plan = np.zeros(k.PLAN_SIZE, np.int64)
-        for index, word in enumerate((k.COMMITTED, k.RESERVED, k.EPISODES, k.STEPS)):
+        for index, word in enumerate((k.COMMITTED, k.RESERVED, k.EPISODES, k.STEPS, k.OWNERS)):
             plan[word] = base + self.heads_offset + index * self.head_bytes
         plan[k.DIRECTORY], plan[k.RECORDS] = base + self.directory_offset, base + self.records_offset
         plan[k.LANES], plan[k.ROWS], plan[k.ENTRIES] = self.lanes, self.rows, self.entries
@@ -306,13 +176,28 @@ class Storage:
         return table
 
     def heads(self) -> np.ndarray:
-        """View the heads: committed, reserved, episodes and steps of every lane.
+        """View the heads: committed, reserved, episodes, steps and owner of every lane.
 
         Returns:
-            ``[4, lanes]`` int64 on the live memory: for saving and for people, not for synchronisation.
+            ``[HEADS, lanes]`` int64 on the live memory: for saving and for people, not for synchronisation.
         """
         words = self.memory.bytes[self.heads_offset : self.directory_offset].view(np.int64)
-        return words.reshape(4, self.head_bytes // 8)[:, : self.lanes]
+        return words.reshape(HEADS, self.head_bytes // 8)[:, : self.lanes]
+
+    def words(self, begin: int, end: int) -> np.ndarray:
+        """View shared words of the whole buffer.
+
+        Words 0 .. 127 count draws, one word per process that draws; 128 .. 159 are the limiter's; 160 .. 191 the
+        sampler's.
+
+        Args:
+            begin: The first.
+            end: Behind the last, <= WORDS.
+
+        Returns:
+            ``[end - begin]`` int64 on the live memory.
+        """
+        return self.memory.bytes[begin * 8 : end * 8].view(np.int64)
 
     def parts(self, lane: int, rows: int) -> dict[str, np.ndarray]:
         """View what a lane holds, piece by piece: its directory, its records, its large columns.

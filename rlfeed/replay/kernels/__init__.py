@@ -6,6 +6,7 @@ the GIL. Each has a slow and obvious twin in the tests.
 
     words    memory by address, and the order of loads and stores
     rows     where a row and its episode lie
+    starts   which rows may start a sample
     draw     which samples
     gather   rows to batches
     write    steps to rows
@@ -26,6 +27,7 @@ from rlfeed.replay.kernels.rows import (
     NBYTES,
     NO_START,
     OTHER,
+    OWNERS,
     PITCH,
     PLAN_SIZE,
     RECORDS,
@@ -44,9 +46,11 @@ from rlfeed.replay.kernels.rows import (
     TRIES,
     count_steps,
 )
+from rlfeed.replay.kernels.starts import BACK, NEED, PLAIN, RULE_SIZE, STRICT, WHOLE
 from rlfeed.replay.kernels.write import cut_lane, write_step
 
 __all__ = [
+    "BACK",
     "BASE",
     "COMMITTED",
     "DIRECTORY",
@@ -57,9 +61,12 @@ __all__ = [
     "LANES",
     "LANE_SHIFT",
     "NBYTES",
+    "NEED",
     "NO_START",
     "OTHER",
+    "OWNERS",
     "PITCH",
+    "PLAIN",
     "PLAN_SIZE",
     "RECORDS",
     "RESERVED",
@@ -72,9 +79,12 @@ __all__ = [
     "ROLE_SUCCESSOR",
     "ROWS",
     "ROW_MASK",
+    "RULE_SIZE",
     "STEPS",
+    "STRICT",
     "STRIDE",
     "TRIES",
+    "WHOLE",
     "count_steps",
     "cut_lane",
     "draw_episodes",

@@ -8,7 +8,6 @@ from numba import njit
 from rlfeed.replay.kernels.rows import (
     CLOSING,
     COMMITTED,
-    FAR,
     FLAGS,
     LANE_SHIFT,
     LANES,
@@ -19,14 +18,12 @@ from rlfeed.replay.kernels.rows import (
     ROWS,
     STRIDE,
     TRIES,
-    closing_row,
     entry_row,
-    first_row,
     is_stale,
     lane_span,
-    record_of,
     slot_of,
 )
+from rlfeed.replay.kernels.starts import PLAIN, list_starts, starts_here
 from rlfeed.replay.kernels.words import kernel, load_acquire, load_u8, prefetch
 
 
@@ -83,25 +80,6 @@ def below(bits: int, bound: int) -> int:
 
 
 @njit
-def starts_here(plan: np.ndarray, lane: int, row: int, limit: int, need: int, back: int, strict: int) -> bool:
-    """Tell whether a sample may start at a row: every row that it touches is live, and its steps are there or an end.
-
-    ``need`` is the steps from ``row`` on, ``back`` the burn-in before it (-1: the unit looks at nothing before).
-    """
-    if load_u8(record_of(plan, lane, row) + FLAGS) & CLOSING:
-        return False
-    if need > 1 or strict:
-        end = closing_row(plan, lane, row, limit)
-        if (end == FAR or strict) and row + need > min(end, limit - 1):
-            return False
-    if back >= 0:
-        first = first_row(plan, lane, row)
-        oldest = row - back - 1 if first < 0 or row - back > first else first
-        return oldest >= load_acquire(plan[RESERVED] + lane * 8) - plan[ROWS]
-    return row >= load_acquire(plan[RESERVED] + lane * 8) - plan[ROWS]
-
-
-@njit
 def candidates(plan: np.ndarray, heads: np.ndarray, tails: np.ndarray, upto: np.ndarray) -> int:
     """Snapshot every lane: its head, its oldest live row, and the running count of rows that may hold a step."""
     total = 0
@@ -131,23 +109,6 @@ def lane_of(upto: np.ndarray, index: int) -> int:
 
 
 @njit
-def list_starts(
-    plan: np.ndarray, heads: np.ndarray, tails: np.ndarray, need: int, back: int, strict: int
-) -> np.ndarray:
-    """List the ids of every valid start: the bounded end of rejection."""
-    count = 0
-    for lane in range(len(heads)):
-        count += max(0, heads[lane] - 1 - tails[lane])
-    starts, found = np.empty(count, np.int64), 0
-    for lane in range(len(heads)):
-        for row in range(tails[lane], heads[lane] - 1):
-            if starts_here(plan, lane, row, heads[lane], need, back, strict):
-                starts[found] = (lane << LANE_SHIFT) | row
-                found += 1
-    return starts[:found]
-
-
-@njit
 def is_overtaken(plan: np.ndarray, heads: np.ndarray, tails: np.ndarray) -> bool:
     """Tell whether a writer has moved since the snapshot."""
     for lane in range(len(heads)):
@@ -156,28 +117,18 @@ def is_overtaken(plan: np.ndarray, heads: np.ndarray, tails: np.ndarray) -> bool
     return False
 
 
-@kernel("int64(int64[::1], int64, int64, int64, int64, int64, int64, int64[::1], int64[::1])")
+@kernel("int64(int64[::1], int64[::1], int64, int64, int64, int64[::1], int64[::1])")
 def draw_steps(
-    plan: np.ndarray,
-    key: int,
-    number: int,
-    attempt: int,
-    need: int,
-    back: int,
-    strict: int,
-    ids: np.ndarray,
-    limits: np.ndarray,
+    plan: np.ndarray, rule: np.ndarray, key: int, number: int, attempt: int, ids: np.ndarray, limits: np.ndarray
 ) -> int:
     """Draw starts uniformly among the valid ones; draw ``number + i`` depends on its number and the rows alone.
 
     Args:
         plan: The storage.
+        rule: The unit's valid starts.
         key: Of seed, stream and rank.
         number: The first draw's number.
         attempt: The first attempt's number; above 0 only to repeat a draw that turned out torn.
-        need: Steps a sample needs from its start on.
-        back: Burn-in steps before it, or -1.
-        strict: 1 where all ``need`` steps must be in the episode.
         ids: ``[B]``: receives the ids drawn.
         limits: ``[B]``: receives each lane's head at the draw.
 
@@ -203,16 +154,16 @@ def draw_steps(
         spots[i] = records + (lane * rows + (slot if slot < rows else slot - rows)) * stride
         prefetch(spots[i])
         ids[i], limits[i] = (lane << LANE_SHIFT) | row, heads[lane]
-    plain = need == 1 and back < 0 and strict == 0
+    plain = rule[PLAIN] != 0
     starts, listed = np.empty(0, np.int64), False
     for i in range(count):
         lane, row, retry = ids[i] >> LANE_SHIFT, ids[i] & ROW_MASK, 1
         if plain and not load_u8(spots[i] + FLAGS) & CLOSING and not is_stale(plan, lane, row):
             continue
-        while not starts_here(plan, lane, row, limits[i], need, back, strict):
+        while not starts_here(plan, rule, lane, row, limits[i]):
             if retry == TRIES:
                 if not listed:
-                    starts, listed = list_starts(plan, heads, tails, need, back, strict), True
+                    starts, listed = list_starts(plan, rule, heads, tails), True
                 if len(starts) > 0:
                     row = starts[below(philox(key, number + i, attempt + TRIES), len(starts))]
                     ids[i], limits[i] = row, heads[row >> LANE_SHIFT]

@@ -8,7 +8,8 @@ from numba import njit
 from rlfeed.replay.kernels.words import fence, kernel, load_acquire, load_u8, load_u32
 
 # The plan: what every kernel knows of a storage, as one int64 table. Index names, in order.
-COMMITTED, RESERVED, EPISODES, STEPS, DIRECTORY, RECORDS, LANES, ROWS, ENTRIES, STRIDE, REWARD, PLAN_SIZE = range(12)
+COMMITTED, RESERVED, EPISODES, STEPS, OWNERS, DIRECTORY, RECORDS, LANES, ROWS, ENTRIES, STRIDE, REWARD = range(12)
+PLAN_SIZE = 12
 # The head of a record: the episode's ordinal (low 32 bits), then the flags.
 ORDINAL, FLAGS, HEAD_BYTES = 0, 4, 8
 TERMINATED, TRUNCATED, CLOSING, FIRST, CUT = 1, 2, 4, 8, 16

@@ -401,10 +401,9 @@ def test_ordinals_beyond_32_bits_lead_to_the_same_samples():
 @pytest.mark.parametrize("unit", [Transition(), Transition(n_step=3), Sequence(2), Episode()], ids=str)
 def test_rows_overwritten_between_draw_and_copy_are_drawn_again(unit):
     buffer, twin = filled(steps=40, lanes=1)
-    reader, count = buffer.reader(unit), 100
-    ids, limits = np.empty(count, np.int64), np.empty(count, np.int64)
-    assert reader.draw(1, 0, ids, limits) == count
-    old = ids.copy()
+    sampler, count = buffer.unit_sampler(unit), 100
+    draws = sampler.draw(1, 0, count)
+    old = draws.ids.copy()
     for i in range(12):
         buffer.add(make_step(twin, [0], [(i % 5 == 4, False)], rewards=[0.0]))
     live = twin.starts(unit)
@@ -413,10 +412,9 @@ def test_rows_overwritten_between_draw_and_copy_are_drawn_again(unit):
     def again(rows):
         redrawn.extend(rows.tolist())
         for row in rows.tolist():
-            one = slice(row, row + 1)
-            assert reader.draw(1, row, ids[one], limits[one], 7 << 16) == 1
+            assert sampler.drawer.draw(draws.one(row), 7 << 16)
 
-    batch = reader.collect(ids, limits, again, torch.empty(0, dtype=torch.uint8).new_empty)
+    batch = sampler.reader.collect(draws, again, torch.empty(0, dtype=torch.uint8).new_empty)
     dead = [row for row in range(count) if old[row] & (2**44 - 1) < twin.lanes[0].tail]
     assert dead
     assert set(dead) <= set(redrawn)
@@ -454,18 +452,17 @@ def test_sample_from_lanes_too_short_for_the_episodes_says_so():
 def test_rows_that_a_writer_has_reserved_since_the_draw_are_drawn_again():
     """A writer announces what it will overwrite before it does: the announcement counts, not its commit."""
     buffer, twin = filled(steps=200, lanes=1)
-    reader, count = buffer.reader(Transition()), 300
-    ids, limits = np.empty(count, np.int64), np.empty(count, np.int64)
-    reader.draw(1, 0, ids, limits)
+    sampler, count = buffer.unit_sampler(Transition()), 300
+    draws = sampler.draw(1, 0, count)
     buffer._storage.heads()[RESERVED] += 2
-    lost = np.flatnonzero((ids & (2**44 - 1)) < twin.lanes[0].tail + 2)
+    lost = np.flatnonzero((draws.ids & (2**44 - 1)) < twin.lanes[0].tail + 2)
     assert len(lost)
     redrawn = []
 
     def again(rows):
         redrawn.extend(rows.tolist())
         for row in rows.tolist():
-            reader.draw(1, row, ids[row : row + 1], limits[row : row + 1], 9 << 16)
+            sampler.drawer.draw(draws.one(row), 9 << 16)
 
-    reader.collect(ids, limits, again, torch.empty(0, dtype=torch.uint8).new_empty)
+    sampler.reader.collect(draws, again, torch.empty(0, dtype=torch.uint8).new_empty)
     assert redrawn == lost.tolist()

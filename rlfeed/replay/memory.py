@@ -1,0 +1,152 @@
+"""Where bytes lie: a segment of memory that processes can share, reserved when it is created."""
+
+import fcntl
+import mmap
+import multiprocessing.reduction as reduction
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from rlfeed.errors import CapacityError, ConfigError, UnsupportedError
+
+Kind = Literal["private", "shared", "memmap", "cuda"]
+
+
+class Memory:
+    """Hold a segment that processes can share: anonymous, in a memory file, or in a file on disk.
+
+    Args:
+        kind: Which.
+        nbytes: Its length.
+        path: The file, for ``memmap``.
+        replace: Whether the file may exist already.
+
+    Raises:
+        CapacityError: If it cannot be reserved.
+        ConfigError: If the file exists, or another buffer uses it.
+    """
+
+    def __init__(self, kind: Kind, nbytes: int, path: Path | None = None, *, replace: bool = False) -> None:
+        self.kind: Kind = kind
+        self.nbytes, self.path = nbytes, path
+        self._fd = -1 if kind == "private" else _open_file(kind, nbytes, path, replace)
+        self._map()
+
+    def _map(self) -> None:
+        if self.kind == "private":
+            self._mmap = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            self._mmap = mmap.mmap(self._fd, self.nbytes)
+        self.bytes = np.frombuffer(self._mmap, np.uint8)
+        self.address = self.bytes.ctypes.data
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of a block of code that uses this memory; a killed process leaves no lock behind."""
+        fcntl.lockf(self._fd, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.kind == "private":
+            raise UnsupportedError(
+                "ReplayBuffer: storage='private' cannot be sent to another process; expected memory that processes "
+                "share. Use storage='shared' or 'memmap'."
+            )
+        state = {"kind": self.kind, "nbytes": self.nbytes, "path": self.path}
+        return state | {"fd": None if self.kind == "memmap" else reduction.DupFd(self._fd)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.kind, self.nbytes, self.path = state["kind"], state["nbytes"], state["path"]
+        self._fd = os.open(self.path, os.O_RDWR) if state["fd"] is None else state["fd"].detach()
+        self._map()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            os.close(self._fd)
+
+
+def _open_file(kind: Kind, nbytes: int, path: Path | None, replace: bool) -> int:
+    if kind == "memmap" and path is not None:
+        if path.exists() and not replace:
+            raise ConfigError(f"ReplayBuffer: {path} exists; expected a new file. Remove it, or choose another path.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the last process that maps it is gone
+        except OSError:
+            os.close(fd)
+            raise ConfigError(f"ReplayBuffer: {path} is in use by another buffer; expected one of its own.") from None
+    elif hasattr(os, "memfd_create"):  # not limited by the size of /dev/shm, and leaves no name behind
+        fd = os.memfd_create("rlfeed-replay", os.MFD_CLOEXEC)
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    try:
+        # Reserve now: a page that cannot be had later would kill the process that touches it.
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, nbytes)
+        else:
+            os.truncate(fd, nbytes)
+    except OSError as error:
+        os.close(fd)
+        raise CapacityError(
+            f"ReplayBuffer: {_readable(nbytes)} could not be reserved ({error.strerror}); expected room for the whole "
+            "buffer. Lower capacity, or use storage='memmap' with a path on a larger disk."
+        ) from error
+    return fd
+
+
+def check_fits(kind: Kind, nbytes: int, path: Path | None) -> None:
+    """Refuse what will not fit, with the numbers.
+
+    Args:
+        kind: Of the memory.
+        nbytes: Bytes wanted.
+        path: The file, for ``memmap``.
+
+    Raises:
+        CapacityError: If it needs more than 90 % of what is free.
+    """
+    available = _available_bytes(path)
+    if nbytes > 0.9 * available:
+        place = f"on the disk of {path}" if kind == "memmap" else "in memory"
+        raise CapacityError(
+            f"ReplayBuffer: needs {_readable(nbytes)}, but {_readable(available)} are free {place}; expected at "
+            f"most 90 % of that. Lower capacity to about {0.9 * available / nbytes:.2%} of what was asked"
+            + ("." if kind == "memmap" else ", or use storage='memmap' with a path.")
+        )
+
+
+def _available_bytes(path: Path | None) -> int:
+    if path is not None:
+        folder = next(p for p in (path.absolute().parent, *path.absolute().parents) if p.exists())
+        return shutil.disk_usage(folder).free + (path.stat().st_size if path.exists() else 0)
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    available = int(lines["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        stat = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+        cache = int(stat.get("inactive_file", 0))  # the kernel gives it back when asked
+        available = min(available, int(limit.read_text()) - int(used.read_text()) + cache)
+    return available
+
+
+def _readable(nbytes: float) -> str:
+    size, unit = float(nbytes), "bytes"
+    for larger in ("KB", "MB", "GB", "TB", "PB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.1f} {unit}" if unit != "bytes" else f"{int(size)} bytes"

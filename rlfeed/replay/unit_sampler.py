@@ -1,0 +1,138 @@
+"""Draw and gather one unit from one buffer: what `ReplayBuffer.sample` and every loader stand on."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlfeed.errors import ConfigError, NotEnoughDataError, StaleReadError
+from rlfeed.replay import kernels as k
+from rlfeed.replay.draws import Draws, drawer_for
+from rlfeed.replay.readers import Allocate, reader_for
+from rlfeed.replay.samplers import Sampler
+from rlfeed.replay.storage import Storage
+from rlfeed.replay.units import Episode, Sequence, Transition, Unit, need_of, span_of
+from rlfeed.types import Batch
+
+REDRAWS = 1000
+
+
+def allocate_private(nbytes: int) -> Tensor:
+    """Allocate a block in ordinary memory.
+
+    Args:
+        nbytes: Its length.
+
+    Returns:
+        uint8, 64-byte aligned, not initialised.
+    """
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
+class UnitSampler:
+    """Draw numbered samples of a unit and gather them.
+
+    Args:
+        storage: What to read.
+        sampler: Which starts.
+        unit: What they become.
+
+    Raises:
+        ConfigError: If a lane is shorter than what one sample touches, or this is no unit.
+    """
+
+    def __init__(self, storage: Storage, sampler: Sampler, unit: Unit) -> None:
+        if not isinstance(unit, Transition | Sequence | Episode):
+            raise ConfigError(f"unit: is {unit!r}; expected Transition(...), Sequence(...) or Episode(...).")
+        span = span_of(unit)
+        if span > storage.rows:
+            raise ConfigError(
+                f"{unit}: one sample touches {span} rows, but a lane has {storage.rows}; expected lanes that hold a "
+                f"sample. Raise capacity to at least {span * storage.lanes} rows, or sample less."
+            )
+        self.unit, self._storage = unit, storage
+        self.drawer, self.reader = drawer_for(storage, sampler, unit), reader_for(storage, unit)
+
+    def draw(self, key: int, number: int, count: int) -> Draws:
+        """Make draws ``number .. number + count - 1`` on what is stored now.
+
+        Args:
+            key: The stream of draws.
+            number: The first draw.
+            count: B.
+
+        Returns:
+            The draws.
+
+        Raises:
+            NotEnoughDataError: If no stored step can start a sample.
+        """
+        draws = Draws.blank(key, number, count)
+        if not self.drawer.draw(draws):
+            raise self.nothing()
+        return draws
+
+    def gather(self, draws: Draws, allocate: Allocate = allocate_private) -> Batch:
+        """Gather draws; those that were overwritten before they could be copied are drawn again.
+
+        Args:
+            draws: What was drawn.
+            allocate: Where the block comes from.
+
+        Returns:
+            The batch.
+
+        Raises:
+            NotEnoughDataError: If a draw cannot be repeated.
+            StaleReadError: If writers overtake the reader again and again.
+        """
+        attempts = iter(range(1, REDRAWS))
+
+        def again(rows: np.ndarray) -> None:
+            attempt = next(attempts, 0)
+            if attempt == 0:
+                raise self._overtaken(len(rows), len(draws))
+            for row in rows.tolist():
+                if not self.drawer.draw(draws.one(row), attempt << 16):
+                    raise self.nothing()
+
+        return self.reader.collect(draws, again, allocate)
+
+    def read(self, key: int, number: int, count: int, allocate: Allocate = allocate_private) -> Batch:
+        """Make draws ``number .. number + count - 1`` and gather them.
+
+        Args:
+            key: The stream of draws.
+            number: The first draw.
+            count: B.
+            allocate: Where the block comes from.
+
+        Returns:
+            The batch.
+
+        Raises:
+            NotEnoughDataError: If no stored step can start a sample.
+            StaleReadError: If writers overtake the reader again and again.
+        """
+        return self.gather(self.draw(key, number, count), allocate)
+
+    def _overtaken(self, rows: int, count: int) -> StaleReadError:
+        return StaleReadError(
+            f"{self.unit}: {rows} of {count} samples were overwritten before they could be copied, {REDRAWS} times in "
+            f"a row; expected lanes much longer than what is written meanwhile, they have {self._storage.rows} rows. "
+            "Raise capacity."
+        )
+
+    def nothing(self) -> NotEnoughDataError:
+        """Say that nothing can be drawn.
+
+        Returns:
+            The error, with what is stored and what is needed.
+        """
+        counts, lanes, rows = np.zeros(3, np.int64), self._storage.lanes, self._storage.rows
+        steps = k.count_steps(self._storage.plan, counts)
+        full = counts[1] == lanes * rows
+        remedy = f"Its {lanes} lanes of {rows} rows are full: raise capacity." if full else "Collect more steps first."
+        return NotEnoughDataError(
+            f"ReplayBuffer: holds {steps} steps and {counts[0]} whole episodes, none of which can start "
+            f"{self.unit}; expected {need_of(self.unit)}. {remedy}"
+        )
