@@ -8,12 +8,13 @@ the GIL. Each has a slow and obvious twin in the tests.
     rows     where a row and its episode lie
     starts   which rows may start a sample
     draw     which samples
-    gather   rows to batches
+    gather   rows to transitions
+    windows  rows to padded windows of steps
     write    steps to rows
 """
 
 from rlfeed.replay.kernels.draw import draw_episodes, draw_steps
-from rlfeed.replay.kernels.gather import gather_transitions, gather_windows, resolve_windows
+from rlfeed.replay.kernels.gather import gather_transitions
 from rlfeed.replay.kernels.rows import (
     BASE,
     COMMITTED,
@@ -47,6 +48,7 @@ from rlfeed.replay.kernels.rows import (
     count_steps,
 )
 from rlfeed.replay.kernels.starts import BACK, NEED, PLAIN, RULE_SIZE, STRICT, WHOLE
+from rlfeed.replay.kernels.windows import gather_windows, resolve_windows
 from rlfeed.replay.kernels.write import cut_lane, write_step
 
 __all__ = [
