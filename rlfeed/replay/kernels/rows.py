@@ -10,8 +10,10 @@ from rlfeed.replay.kernels.words import fence, kernel, load_acquire, load_u8, lo
 # The plan: what every kernel knows of a storage, as one int64 table. Index names, in order.
 COMMITTED, RESERVED, EPISODES, STEPS, OWNERS, DIRECTORY, RECORDS, LANES, ROWS, ENTRIES, STRIDE, REWARD = range(12)
 PLAN_SIZE = 12
-# The head of a record: the episode's ordinal (low 32 bits), then the flags.
+# The head of a record: the episode's ordinal (low 32 bits), then a word with the flags in its low byte and the row's
+# number in its episode above (low 24 bits: an episode can be longer than a lane, so the directory cannot tell it).
 ORDINAL, FLAGS, HEAD_BYTES = 0, 4, 8
+INDEX_SHIFT = 8
 TERMINATED, TRUNCATED, CLOSING, FIRST, CUT = 1, 2, 4, 8, 16
 # One line of a field table: where the rows of a field are, how far apart, how long, and where its batch or input is.
 BASE, PITCH, NBYTES, OTHER, ROLE, FIELD_SIZE = range(6)
@@ -35,6 +37,12 @@ def slot_of(plan: np.ndarray, row: int) -> int:
 def record_of(plan: np.ndarray, lane: int, row: int) -> int:
     """Give the address of a row's record."""
     return plan[RECORDS] + (lane * plan[ROWS] + slot_of(plan, row)) * plan[STRIDE]
+
+
+@njit
+def index_of(record: int) -> int:
+    """Give a row's number in its episode, modulo 2^24, from its record."""
+    return np.int64(load_u32(record + FLAGS) >> np.uint32(INDEX_SHIFT))
 
 
 @njit
@@ -71,12 +79,12 @@ def closing_row(plan: np.ndarray, lane: int, row: int, limit: int) -> int:
 @njit
 def first_row(plan: np.ndarray, lane: int, row: int) -> int:
     """Give the first row of the episode that ``row`` belongs to, or -1 where that row is no longer there."""
-    ordinal = full_ordinal(plan, lane, record_of(plan, lane, row))
-    first = entry_row(plan, lane, ordinal, row)
+    here = record_of(plan, lane, row)
+    first = row - index_of(here)
     if first < 0:
         return -1
     record = record_of(plan, lane, first)
-    if not load_u8(record + FLAGS) & FIRST or load_u32(record + ORDINAL) != np.uint32(ordinal):
+    if not load_u8(record + FLAGS) & FIRST or load_u32(record + ORDINAL) != load_u32(here + ORDINAL):
         return -1
     return first
 

@@ -15,6 +15,7 @@ from rlfeed.replay.kernels.rows import (
     EPISODES,
     FIRST,
     FLAGS,
+    INDEX_SHIFT,
     LANE_SHIFT,
     LANES,
     NBYTES,
@@ -30,6 +31,7 @@ from rlfeed.replay.kernels.rows import (
     STRIDE,
     TERMINATED,
     TRUNCATED,
+    index_of,
     is_open,
     record_of,
 )
@@ -134,7 +136,7 @@ def write_step(
                 nbytes = opening[f, NBYTES]
                 source = load_i64(inputs[opening[f, OTHER]]) + i * nbytes
                 copy_row(opening[f, BASE] + here * opening[f, PITCH], source, nbytes)
-            store_u8(record + FLAGS, np.uint8(FIRST | ends))
+            store_u32(record + FLAGS, np.uint32(FIRST | ends))
         else:
             store_u8(record + FLAGS, np.uint8((load_u8(record + FLAGS) & FIRST) | ends))
         for f in range(fields.shape[0]):
@@ -142,9 +144,10 @@ def write_step(
             index = there if fields[f, ROLE] == ROLE_SUCCESSOR else here
             source = load_i64(inputs[fields[f, OTHER]]) + i * nbytes
             copy_row(fields[f, BASE] + index * fields[f, PITCH], source, nbytes)
+        following = np.uint32(index_of(record) + 1) << np.uint32(INDEX_SHIFT)
         record = plan[RECORDS] + there * plan[STRIDE]
         store_u32(record + ORDINAL, np.uint32(ordinal))
-        store_u8(record + FLAGS, np.uint8(CLOSING | ends) if ends else np.uint8(0))
+        store_u32(record + FLAGS, following | np.uint32(CLOSING | ends if ends else 0))
     for i in range(count):
         row = ids[i]
         if row < 0:
