@@ -16,6 +16,7 @@ from rlfeed.replay.samplers import Sampler, Uniform, stream_key
 from rlfeed.replay.storage import Storage
 from rlfeed.replay.unit_sampler import UnitSampler
 from rlfeed.replay.units import Unit
+from rlfeed.replay.writeback import write_back
 from rlfeed.replay.writer import StepWriter
 from rlfeed.specs import from_space
 from rlfeed.types import Batch, Step
@@ -89,18 +90,20 @@ class ReplayBuffer:
         path: str | Path | None = None,
         seed: int = 0,
     ) -> None:
-        _check_config(capacity, num_envs, storage, path, seed)
-        _check_served(sampler, frame_stack, carry_every, storage, extras)
+        _check_config(capacity, num_envs, carry_every, storage, path, seed)
+        _check_served(sampler, frame_stack, storage)
         fields: dict[str, Nest] = {
             "observation": from_space(observation_space, "observation_space"),
             "action": from_space(action_space, "action_space"),
             "extras": {name: from_space(space, f"extras[{name!r}]") for name, space in extras.items()},
         }
-        if "carry" in fields["extras"]:
-            fields["carry"] = fields["extras"].pop("carry")
+        for name in ("carry", "priority"):  # fields of their own: one of a step, one of nobody but the sampler
+            if name in fields["extras"]:
+                fields[name] = fields["extras"].pop(name)
         self.num_envs, self.seed, self.sampler = int(num_envs), int(seed), sampler
         rows = -(-int(capacity) // int(num_envs))
-        self._storage = Storage(fields, self.num_envs, rows, storage, None if path is None else Path(path))
+        place = None if path is None else Path(path)
+        self._storage = Storage(fields, self.num_envs, rows, storage, place, carry_every=int(carry_every))
         self._drawn = 0
         self._bind()
 
@@ -271,20 +274,22 @@ class ReplayBuffer:
         """
         raise UnsupportedError(f"ReplayBuffer.update_priorities: the sampler is {self.sampler}; expected Prioritized.")
 
-    def update(self, ids: np.ndarray, **columns: Any) -> int:
-        """Rewrite columns of stored steps, such as the recurrent state.
+    def update(self, ids: Any, **columns: Any) -> int:
+        """Write the learner's recurrent state back: samples that begin at these steps have it from now on.
 
         Args:
-            ids: ``[B]`` int64.
-            **columns: ``[B, ...]`` by name.
+            ids: ``[B]`` int64, such as ``batch.ids``.
+            **columns: ``carry``, ``[B, ...]`` per leaf: the state *before* the step's observation.
 
         Returns:
-            How many were applied.
+            How many were applied. Steps that have been overwritten are dropped and counted (see `stats`), first steps
+            of episodes keep their zeros, and the last value of a step named twice stays.
 
         Raises:
-            UnsupportedError: In this version.
+            FieldError: If a column is not ``carry`` as declared, or an id has none. Nothing has been written then.
+            CapacityError: If there is no memory for it; it is reserved at the first call.
         """
-        raise UnsupportedError(f"ReplayBuffer.update({sorted(columns)}): is not served by this version.")
+        return write_back(self._storage, ids, columns)
 
     def stats(self) -> ReplayStats:
         """Count what is stored and what happened.
@@ -304,7 +309,7 @@ class ReplayBuffer:
             episodes=episodes,
             inserted=inserted,
             drawn=self._drawn,
-            stale_updates=0,
+            stale_updates=int(self._storage.words(k.STALE_UPDATES, k.STALE_UPDATES + 1)[0]),
             nbytes=self._storage.nbytes,
         )
 
@@ -348,11 +353,14 @@ class ReplayBuffer:
         return buffer
 
 
-def _check_config(capacity: int, num_envs: int, storage: str, path: str | Path | None, seed: int) -> None:
+def _check_config(
+    capacity: int, num_envs: int, carry_every: int, storage: str, path: str | Path | None, seed: int
+) -> None:
     wrong = []
-    for name, value, least in (("capacity", capacity, 1), ("num_envs", num_envs, 1), ("seed", seed, 0)):
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-            wrong.append(f"{name} is {value!r}; expected an int >= {least}")
+    least = {"capacity": (capacity, 1), "num_envs": (num_envs, 1), "carry_every": (carry_every, 1), "seed": (seed, 0)}
+    for name, (value, low) in least.items():
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < low:
+            wrong.append(f"{name} is {value!r}; expected an int >= {low}")
     if storage not in ("private", "shared", "memmap", "cuda"):
         wrong.append(f"storage is {storage!r}; expected 'shared', 'private', 'memmap' or 'cuda'")
     if (storage == "memmap") != (path is not None):
@@ -361,19 +369,13 @@ def _check_config(capacity: int, num_envs: int, storage: str, path: str | Path |
         raise ConfigError("ReplayBuffer: " + "; ".join(wrong) + ".")
 
 
-def _check_served(
-    sampler: Sampler, frame_stack: int | Mapping[str, int], carry_every: int, storage: str, extras: Mapping[str, Any]
-) -> None:
+def _check_served(sampler: Sampler, frame_stack: int | Mapping[str, int], storage: str) -> None:
     wrong = []
     if not isinstance(sampler, Uniform):
         wrong.append(f"sampler is {sampler!r}, of which this version serves Uniform()")
     if frame_stack != 1:
         wrong.append(f"frame_stack is {frame_stack!r}, of which this version serves 1 (stack in a wrapper)")
-    if carry_every != 1:
-        wrong.append(f"carry_every is {carry_every}, of which this version serves 1")
     if storage == "cuda":
         wrong.append("storage is 'cuda', this version serves 'shared', 'private' and 'memmap'")
-    if "priority" in extras:
-        wrong.append("extras has 'priority', which needs Prioritized")
     if wrong:
         raise UnsupportedError("ReplayBuffer: " + "; ".join(wrong) + ".")

@@ -8,6 +8,7 @@ import numpy as np
 from rlfeed import durable
 from rlfeed.errors import CheckpointError
 from rlfeed.nest import Nest, map_nest
+from rlfeed.replay import kernels as k
 from rlfeed.replay.storage import Storage
 from rlfeed.specs import ArraySpec
 
@@ -34,6 +35,8 @@ def save(directory: Path, storage: Storage, settings: dict[str, Any]) -> None:
                 "fields": map_nest(lambda spec: [list(spec.shape), spec.dtype.str], storage.fields),
                 "lanes": storage.lanes,
                 "rows": storage.rows,
+                "carry_every": storage.carry_every,
+                "written_back": bool(storage.words(k.WRITTEN_BACK, k.WRITTEN_BACK + 1)[0]),
                 "kind": storage.memory.kind,
                 "path": None if storage.memory.path is None else str(storage.memory.path),
                 "heads": heads,
@@ -61,7 +64,10 @@ def load(directory: Path) -> tuple[Storage, dict[str, Any]]:
             f"{directory}: has version {state['version']}; expected {VERSION}. Use the rlfeed that wrote it."
         )
     path = None if state["path"] is None else Path(state["path"])
-    storage = Storage(_specs(state["fields"]), state["lanes"], state["rows"], state["kind"], path, replace=True)
+    lanes, rows, every = state["lanes"], state["rows"], state["carry_every"]
+    storage = Storage(_specs(state["fields"]), lanes, rows, state["kind"], path, replace=True, carry_every=every)
+    if state["written_back"]:
+        storage.reserve_overlay()
     heads: np.ndarray = state["heads"]
     for lane in range(storage.lanes):
         rows = min(int(heads[0, lane]), storage.rows)

@@ -23,7 +23,8 @@ class Memory:
 
     Args:
         kind: Which.
-        nbytes: Its length.
+        nbytes: What is reserved now.
+        spare_bytes: What lies behind, a hole until it is reserved too.
         path: The file, for ``memmap``.
         replace: Whether the file may exist already.
 
@@ -32,10 +33,15 @@ class Memory:
         ConfigError: If the file exists, or another buffer uses it.
     """
 
-    def __init__(self, kind: Kind, nbytes: int, path: Path | None = None, *, replace: bool = False) -> None:
+    def __init__(
+        self, kind: Kind, nbytes: int, spare_bytes: int = 0, path: Path | None = None, *, replace: bool = False
+    ) -> None:
         self.kind: Kind = kind
-        self.nbytes, self.path = nbytes, path
-        self._fd = -1 if kind == "private" else _open_file(kind, nbytes, path, replace)
+        self.nbytes, self.path = nbytes + spare_bytes, path
+        self._fd = -1 if kind == "private" else _open_file(kind, path, replace)
+        if self._fd >= 0:
+            os.truncate(self._fd, self.nbytes)
+        self._reserve(0, nbytes)
         self._map()
 
     def _map(self) -> None:
@@ -45,6 +51,32 @@ class Memory:
             self._mmap = mmap.mmap(self._fd, self.nbytes)
         self.bytes = np.frombuffer(self._mmap, np.uint8)
         self.address = self.bytes.ctypes.data
+
+    def reserve(self, offset: int, nbytes: int, purpose: str) -> None:
+        """Have the memory of a part that was a hole.
+
+        Args:
+            offset: Where the part begins.
+            nbytes: Its length.
+            purpose: What it is for, to the error.
+
+        Raises:
+            CapacityError: If there is not enough.
+        """
+        check_fits(self.kind, nbytes, self.path, f"{purpose} need")
+        self._reserve(offset, nbytes)
+
+    def _reserve(self, offset: int, nbytes: int) -> None:
+        # Now: a page that cannot be had later would kill the process that touches it.
+        if self._fd < 0 or not hasattr(os, "posix_fallocate"):
+            return
+        try:
+            os.posix_fallocate(self._fd, offset, nbytes)
+        except OSError as error:
+            raise CapacityError(
+                f"ReplayBuffer: {_readable(nbytes)} could not be reserved ({error.strerror}); expected room for all "
+                "of it. Lower capacity, or use storage='memmap' with a path on a larger disk."
+            ) from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -74,7 +106,7 @@ class Memory:
             os.close(self._fd)
 
 
-def _open_file(kind: Kind, nbytes: int, path: Path | None, replace: bool) -> int:
+def _open_file(kind: Kind, path: Path | None, replace: bool) -> int:
     if kind == "memmap" and path is not None:
         if path.exists() and not replace:
             raise ConfigError(f"ReplayBuffer: {path} exists; expected a new file. Remove it, or choose another path.")
@@ -90,28 +122,17 @@ def _open_file(kind: Kind, nbytes: int, path: Path | None, replace: bool) -> int
     else:
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
-    try:
-        # Reserve now: a page that cannot be had later would kill the process that touches it.
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(fd, 0, nbytes)
-        else:
-            os.truncate(fd, nbytes)
-    except OSError as error:
-        os.close(fd)
-        raise CapacityError(
-            f"ReplayBuffer: {_readable(nbytes)} could not be reserved ({error.strerror}); expected room for the whole "
-            "buffer. Lower capacity, or use storage='memmap' with a path on a larger disk."
-        ) from error
     return fd
 
 
-def check_fits(kind: Kind, nbytes: int, path: Path | None) -> None:
+def check_fits(kind: Kind, nbytes: int, path: Path | None, what: str = "needs") -> None:
     """Refuse what will not fit, with the numbers.
 
     Args:
         kind: Of the memory.
         nbytes: Bytes wanted.
         path: The file, for ``memmap``.
+        what: Subject and verb of the message.
 
     Raises:
         CapacityError: If it needs more than 90 % of what is free.
@@ -120,7 +141,7 @@ def check_fits(kind: Kind, nbytes: int, path: Path | None) -> None:
     if nbytes > 0.9 * available:
         place = f"on the disk of {path}" if kind == "memmap" else "in memory"
         raise CapacityError(
-            f"ReplayBuffer: needs {_readable(nbytes)}, but {_readable(available)} are free {place}; expected at "
+            f"ReplayBuffer: {what} {_readable(nbytes)}, but {_readable(available)} are free {place}; expected at "
             f"most 90 % of that. Lower capacity to about {0.9 * available / nbytes:.2%} of what was asked"
             + ("." if kind == "memmap" else ", or use storage='memmap' with a path.")
         )
@@ -129,7 +150,7 @@ def check_fits(kind: Kind, nbytes: int, path: Path | None) -> None:
 def _available_bytes(path: Path | None) -> int:
     if path is not None:
         folder = next(p for p in (path.absolute().parent, *path.absolute().parents) if p.exists())
-        return shutil.disk_usage(folder).free + (path.stat().st_size if path.exists() else 0)
+        return shutil.disk_usage(folder).free + (path.stat().st_blocks * 512 if path.exists() else 0)
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,12 +1,16 @@
 """Where rows lie: one segment of memory, its heads, its episode directory, its records and its large columns.
 
     segment = words | heads | directory | records [lane, row, stride] | one column [lane, row, bytes] per large field
+            | one ring [lane, entry, bytes] per carry that is stored every so many steps | overlay [lane, entry, pitch]
 
 The small fields of a row lie side by side in one record (one memory access a row); a field of `LARGE_BYTES` and up has
-a column of its own. See docs/adr/0001-lanes-with-closing-rows.md.
+a column of its own. The overlay holds carries that the learner has written back; it is a hole until the first of them.
+See docs/adr/0001-lanes-with-closing-rows.md.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ LEAST_ROWS = 4
 WORDS = 256  # shared counters and settings of the whole buffer; who owns which: `Storage.words`
 HEADS = 5  # lines of one word per lane: committed, reserved, episodes, steps, owner
 MOST_LANES, MOST_ROWS = 1 << 19, 1 << 32  # an id has 19 bits for the lane, a directory entry 32 for the row
-REWARD = ArraySpec((), np.dtype(np.float32))
+REWARD = PRIORITY = ArraySpec((), np.dtype(np.float32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,8 @@ class Column:
         spec: Shape and dtype.
         offset: Bytes from the start of the segment to the first row.
         pitch: Bytes from one row to the next.
+        every: Steps of an episode between two stored rows: 1, or ``carry_every``, and then rows lie in a ring.
+        inside: Bytes from the start of an overlay entry to this leaf, 0 where it is no carry.
     """
 
     name: str
@@ -44,6 +50,8 @@ class Column:
     spec: ArraySpec
     offset: int
     pitch: int
+    every: int = 1
+    inside: int = 0
 
 
 class Storage:
@@ -56,6 +64,7 @@ class Storage:
         kind: Private, shared or memory-mapped.
         path: The file, for ``memmap``.
         replace: Whether the file may exist already.
+        carry_every: Steps of an episode between two stored carries.
 
     Raises:
         ConfigError: If a lane is too short to hold anything, or the file exists.
@@ -71,13 +80,14 @@ class Storage:
         path: Path | None,
         *,
         replace: bool = False,
+        carry_every: int = 1,
     ) -> None:
         if rows < LEAST_ROWS:
             raise ConfigError(
                 f"ReplayBuffer: capacity gives {rows} rows to each of {lanes} lanes; expected at least {LEAST_ROWS} "
                 "(an episode of n steps takes n + 1 rows). Raise capacity, or lower num_envs."
             )
-        self.lanes, self.rows, self.entries = lanes, rows, rows // 2 + 2
+        self.lanes, self.rows, self.carry_every = lanes, rows, carry_every
         self.fields = {**fields, "reward": REWARD}
         self._place()
         check_fits(kind, self.nbytes, path)
@@ -86,14 +96,18 @@ class Storage:
                 f"ReplayBuffer: capacity gives {lanes} lanes of {rows} rows; expected fewer than {MOST_LANES} lanes of "
                 f"fewer than {MOST_ROWS} rows. Lower num_envs or capacity."
             )
-        self.memory = Memory(kind, self.nbytes, path, replace=replace)
+        self.memory = Memory(kind, self.nbytes, self.overlay_bytes, path, replace=replace)
         self._bind()
 
     def _place(self) -> None:
-        small, large = [], []
+        every = self.carry_every
+        self.entries = self.rows // 2 + 2
+        self.carry_entries = self.rows if every == 1 else (self.rows - 1) // every + 2
+        small, large, sparse = [], [], []
         for name, nest in self.fields.items():
             for path, spec in leaves(nest):
-                (large if spec.nbytes >= LARGE_BYTES else small).append((name, path, spec))
+                group = sparse if name == "carry" and every > 1 else large if spec.nbytes >= LARGE_BYTES else small
+                group.append((name, path, spec))
         small.sort(key=lambda field: -field[2].dtype.itemsize)  # largest alignment first: no holes
         head_bytes = _aligned(self.lanes * 8, 128)
         self.heads_offset = WORDS * 8
@@ -108,31 +122,60 @@ class Storage:
         self.stride = _aligned(inside, 8)
         columns = [Column(name, path, spec, offset + at, self.stride) for name, path, spec, at in placed]
         offset += self.lanes * self.rows * self.stride
-        for name, path, spec in large:
+        self.columns_offset = offset
+        for name, path, spec in (*large, *sparse):
             offset = _aligned(offset, 4096)
-            columns.append(Column(name, path, spec, offset, spec.nbytes))
-            offset += self.lanes * self.rows * spec.nbytes
-        self.columns = tuple(columns)
+            step = every if name == "carry" else 1
+            columns.append(Column(name, path, spec, offset, spec.nbytes, step))
+            offset += self.lanes * (self.carry_entries if step > 1 else self.rows) * spec.nbytes
         self.head_bytes = head_bytes
         self.nbytes = _aligned(offset, 4096)
+        self.columns = tuple(self._overlay(columns))
+
+    def _overlay(self, columns: list[Column]) -> Iterator[Column]:
+        inside = 16  # behind the version and the row
+        for column in columns:
+            if column.name == "carry":
+                column = replace_fields(column, inside=inside)
+                inside += _aligned(column.spec.nbytes, 8)
+            yield column
+        self.overlay_pitch = inside
+        self.overlay_bytes = _aligned(self.lanes * self.carry_entries * inside, 4096) if inside > 16 else 0
 
     def _bind(self) -> None:
         base = self.memory.address
         plan = np.zeros(k.PLAN_SIZE, np.int64)
         for index, word in enumerate((k.COMMITTED, k.RESERVED, k.EPISODES, k.STEPS, k.OWNERS)):
             plan[word] = base + self.heads_offset + index * self.head_bytes
+        plan[k.SHARED] = base
         plan[k.DIRECTORY], plan[k.RECORDS] = base + self.directory_offset, base + self.records_offset
         plan[k.LANES], plan[k.ROWS], plan[k.ENTRIES] = self.lanes, self.rows, self.entries
         plan[k.STRIDE] = self.stride
         plan[k.REWARD] = self.column("reward").offset - self.records_offset
+        has_priority = "priority" in self.fields
+        plan[k.PRIORITY] = self.column("priority").offset - self.records_offset if has_priority else -1
+        plan[k.CARRY_EVERY], plan[k.CARRY_ENTRIES] = self.carry_every, self.carry_entries
+        plan[k.OVERLAY] = base + self.nbytes if self.overlay_bytes else -1
+        plan[k.OVERLAY_PITCH] = self.overlay_pitch
         self.plan = plan
 
+    def reserve_overlay(self) -> None:
+        """Make room for carries that are written back; done once, at the first of them.
+
+        Raises:
+            CapacityError: If it does not fit.
+        """
+        flag = self.words(k.WRITTEN_BACK, k.WRITTEN_BACK + 1)
+        if not flag[0]:
+            self.memory.reserve(self.nbytes, self.overlay_bytes, "carries that are written back")
+            flag[0] = 1
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"lanes": self.lanes, "rows": self.rows, "fields": self.fields, "memory": self.memory}
+        names = ("lanes", "rows", "carry_every", "fields", "memory")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.entries = self.rows // 2 + 2
         self._place()
         self._bind()
 
@@ -173,6 +216,7 @@ class Storage:
         for line, (column, role) in zip(table, columns, strict=True):
             line[k.BASE] = self.memory.address + column.offset
             line[k.PITCH], line[k.NBYTES], line[k.ROLE] = column.pitch, column.spec.nbytes, role
+            line[k.INSIDE] = column.inside
         return table
 
     def heads(self) -> np.ndarray:
@@ -188,7 +232,7 @@ class Storage:
         """View shared words of the whole buffer.
 
         Words 0 .. 127 count draws, one word per process that draws; 128 .. 159 are the limiter's; 160 .. 191 the
-        sampler's.
+        sampler's; 192 .. 199 those of writers and write-backs.
 
         Args:
             begin: The first.
@@ -200,7 +244,7 @@ class Storage:
         return self.memory.bytes[begin * 8 : end * 8].view(np.int64)
 
     def parts(self, lane: int, rows: int) -> dict[str, np.ndarray]:
-        """View what a lane holds, piece by piece: its directory, its records, its large columns.
+        """View what a lane holds, piece by piece: directory, records, large columns, and whole: sparse carries, overlay.
 
         Args:
             lane: Which.
@@ -216,10 +260,14 @@ class Storage:
             "directory": directory.reshape(self.lanes, self.entries)[lane],
             "records": records[lane, : rows * self.stride],
         }
+        entries = self.lanes * self.carry_entries
         for index, column in enumerate(self.columns):
-            if column.offset >= self.records_offset + total * self.stride:
-                whole = data[column.offset :][: total * column.pitch].reshape(self.lanes, -1)
-                out[f"column{index}"] = whole[lane, : rows * column.pitch]
+            if column.offset >= self.columns_offset:
+                count = total if column.every == 1 else entries
+                whole = data[column.offset :][: count * column.pitch].reshape(self.lanes, -1)
+                out[f"column{index}"] = whole[lane, : rows * column.pitch] if column.every == 1 else whole[lane]
+        if self.words(k.WRITTEN_BACK, k.WRITTEN_BACK + 1)[0]:
+            out["overlay"] = data[self.nbytes :][: entries * self.overlay_pitch].reshape(self.lanes, -1)[lane]
         return out
 
 

@@ -34,7 +34,8 @@ class StepWriter:
         opening = storage.columns_of("observation")
         written = [("next_observation", column, k.ROLE_SUCCESSOR) for column in opening]
         for name in ("action", "reward", "carry", "extras"):
-            written += [(name, column, k.ROLE_STEP) for column in storage.columns_of(name)]
+            columns = storage.columns_of(name)
+            written += [(name, c, k.ROLE_STEP if c.every == 1 else k.ROLE_CARRY) for c in columns]
         self._fields = storage.table([(column, role) for _, column, role in written])
         self._opening = storage.table([(column, k.ROLE_STEP) for column in opening])
         self._fields[:, k.OTHER] = np.arange(len(written))

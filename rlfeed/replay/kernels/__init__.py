@@ -11,26 +11,33 @@ the GIL. Each has a slow and obvious twin in the tests.
     gather   rows to transitions
     windows  rows to padded windows of steps
     write    steps to rows
+    writeback  what the learner rewrites
 """
 
 from rlfeed.replay.kernels.draw import draw_episodes, draw_steps
 from rlfeed.replay.kernels.gather import gather_transitions
 from rlfeed.replay.kernels.rows import (
     BASE,
+    CARRY_ENTRIES,
+    CARRY_EVERY,
     COMMITTED,
     DIRECTORY,
     ENTRIES,
     EPISODES,
     FIELD_SIZE,
     HEAD_BYTES,
+    INSIDE,
     LANE_SHIFT,
     LANES,
     NBYTES,
     NO_START,
     OTHER,
+    OVERLAY,
+    OVERLAY_PITCH,
     OWNERS,
     PITCH,
     PLAN_SIZE,
+    PRIORITY,
     RECORDS,
     RESERVED,
     REWARD,
@@ -42,34 +49,44 @@ from rlfeed.replay.kernels.rows import (
     ROLE_SUCCESSOR,
     ROW_MASK,
     ROWS,
+    SHARED,
+    STALE_UPDATES,
     STEPS,
     STRIDE,
     TRIES,
+    WRITTEN_BACK,
     count_steps,
 )
 from rlfeed.replay.kernels.starts import BACK, NEED, PLAIN, RULE_SIZE, STRICT, WHOLE
 from rlfeed.replay.kernels.windows import gather_windows, resolve_windows
 from rlfeed.replay.kernels.write import cut_lane, write_step
+from rlfeed.replay.kernels.writeback import write_back
 
 __all__ = [
     "BACK",
     "BASE",
+    "CARRY_ENTRIES",
+    "CARRY_EVERY",
     "COMMITTED",
     "DIRECTORY",
     "ENTRIES",
     "EPISODES",
     "FIELD_SIZE",
     "HEAD_BYTES",
+    "INSIDE",
     "LANES",
     "LANE_SHIFT",
     "NBYTES",
     "NEED",
     "NO_START",
     "OTHER",
+    "OVERLAY",
+    "OVERLAY_PITCH",
     "OWNERS",
     "PITCH",
     "PLAIN",
     "PLAN_SIZE",
+    "PRIORITY",
     "RECORDS",
     "RESERVED",
     "REWARD",
@@ -82,11 +99,14 @@ __all__ = [
     "ROWS",
     "ROW_MASK",
     "RULE_SIZE",
+    "SHARED",
+    "STALE_UPDATES",
     "STEPS",
     "STRICT",
     "STRIDE",
     "TRIES",
     "WHOLE",
+    "WRITTEN_BACK",
     "count_steps",
     "cut_lane",
     "draw_episodes",
@@ -94,5 +114,6 @@ __all__ = [
     "gather_transitions",
     "gather_windows",
     "resolve_windows",
+    "write_back",
     "write_step",
 ]

@@ -8,15 +8,22 @@ from numba import njit
 from rlfeed.replay.kernels.words import fence, kernel, load_acquire, load_u8, load_u32
 
 # The plan: what every kernel knows of a storage, as one int64 table. Index names, in order.
+# SHARED is the address of the shared words, REWARD and PRIORITY are offsets in a record (-1: no such column); a carry
+# is stored every CARRY_EVERY steps in one of CARRY_ENTRIES places of its lane, and what the learner writes back lies at
+# OVERLAY, OVERLAY_PITCH apart, in places of the same numbers (-1: no carry).
 COMMITTED, RESERVED, EPISODES, STEPS, OWNERS, DIRECTORY, RECORDS, LANES, ROWS, ENTRIES, STRIDE, REWARD = range(12)
-PLAN_SIZE = 12
+PRIORITY, SHARED, CARRY_EVERY, CARRY_ENTRIES, OVERLAY, OVERLAY_PITCH, PLAN_SIZE = range(12, 19)
 # The head of a record: the episode's ordinal (low 32 bits), then a word with the flags in its low byte and the row's
-# number in its episode above (low 24 bits: an episode can be longer than a lane, so the directory cannot tell it).
+# number in its episode above (24 bits: an episode can be longer than a lane, so the directory cannot tell it).
 ORDINAL, FLAGS, HEAD_BYTES = 0, 4, 8
 INDEX_SHIFT = 8
 TERMINATED, TRUNCATED, CLOSING, FIRST, CUT = 1, 2, 4, 8, 16
-# One line of a field table: where the rows of a field are, how far apart, how long, and where its batch or input is.
-BASE, PITCH, NBYTES, OTHER, ROLE, FIELD_SIZE = range(6)
+INDEX_LIMIT = 1 << 24
+# Shared words that kernels touch: whether anything was ever written back, and how many late updates were dropped.
+WRITTEN_BACK, STALE_UPDATES = 192, 193
+# One line of a field table: where the rows of a field are, how far apart, how long, where its batch or input is, and
+# for a carry where it lies in an entry of the overlay.
+BASE, PITCH, NBYTES, OTHER, ROLE, INSIDE, FIELD_SIZE = range(7)
 # Roles of a field in a gather.
 ROLE_STEP, ROLE_OBSERVATION, ROLE_SUCCESSOR, ROLE_CARRY, ROLE_PREVIOUS = range(5)
 LANE_SHIFT = 44
@@ -41,8 +48,25 @@ def record_of(plan: np.ndarray, lane: int, row: int) -> int:
 
 @njit
 def index_of(record: int) -> int:
-    """Give a row's number in its episode, modulo 2^24, from its record."""
+    """Give a row's number in its episode from its record; `next_index` says how 24 bits are enough."""
     return np.int64(load_u32(record + FLAGS) >> np.uint32(INDEX_SHIFT))
+
+
+@njit
+def next_index(plan: np.ndarray, index: int) -> int:
+    """Give the number of the row after: where 24 bits end it falls back, but keeps its remainder by CARRY_EVERY."""
+    every = plan[CARRY_EVERY]
+    return index + 1 if index + 1 < INDEX_LIMIT else every + (index + 1) % every
+
+
+@njit
+def carry_entry(plan: np.ndarray, lane: int, row: int) -> int:
+    """Give the place of a row's carry, over all lanes: it is no other live row's.
+
+    Two rows of a lane that store one are at least CARRY_EVERY apart, so their ``row // CARRY_EVERY`` differ; and those
+    of the live rows are at most CARRY_ENTRIES numbers in a row.
+    """
+    return lane * plan[CARRY_ENTRIES] + (row // plan[CARRY_EVERY]) % plan[CARRY_ENTRIES]
 
 
 @njit

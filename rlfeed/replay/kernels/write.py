@@ -7,6 +7,7 @@ from numba import njit
 
 from rlfeed.replay.kernels.rows import (
     BASE,
+    CARRY_EVERY,
     CLOSING,
     COMMITTED,
     CUT,
@@ -25,14 +26,17 @@ from rlfeed.replay.kernels.rows import (
     RECORDS,
     RESERVED,
     ROLE,
+    ROLE_CARRY,
     ROLE_SUCCESSOR,
     ROWS,
     STEPS,
     STRIDE,
     TERMINATED,
     TRUNCATED,
+    carry_entry,
     index_of,
     is_open,
+    next_index,
     record_of,
 )
 from rlfeed.replay.kernels.words import (
@@ -129,6 +133,7 @@ def write_step(
         there = here + 1 if slot + 1 < rows else lane * rows
         ends = np.uint8(TERMINATED * (load_u8(terminated + i) != 0) + TRUNCATED * (load_u8(truncated + i) != 0))
         record = plan[RECORDS] + here * plan[STRIDE]
+        index = np.int64(0)
         if opens:
             store_u32(record + ORDINAL, np.uint32(ordinal))
             store_u32(plan[DIRECTORY] + (lane * plan[ENTRIES] + ordinal % plan[ENTRIES]) * 4, np.uint32(slot))
@@ -138,15 +143,20 @@ def write_step(
                 copy_row(opening[f, BASE] + here * opening[f, PITCH], source, nbytes)
             store_u32(record + FLAGS, np.uint32(FIRST | ends))
         else:
+            index = index_of(record)
             store_u8(record + FLAGS, np.uint8((load_u8(record + FLAGS) & FIRST) | ends))
         for f in range(fields.shape[0]):
             nbytes = fields[f, NBYTES]
-            index = there if fields[f, ROLE] == ROLE_SUCCESSOR else here
+            place = there if fields[f, ROLE] == ROLE_SUCCESSOR else here
+            if fields[f, ROLE] == ROLE_CARRY:
+                if index == 0 or index % plan[CARRY_EVERY] != 0:
+                    continue
+                place = carry_entry(plan, lane, row)
             source = load_i64(inputs[fields[f, OTHER]]) + i * nbytes
-            copy_row(fields[f, BASE] + index * fields[f, PITCH], source, nbytes)
-        following = np.uint32(index_of(record) + 1) << np.uint32(INDEX_SHIFT)
+            copy_row(fields[f, BASE] + place * fields[f, PITCH], source, nbytes)
         record = plan[RECORDS] + there * plan[STRIDE]
         store_u32(record + ORDINAL, np.uint32(ordinal))
+        following = np.uint32(next_index(plan, index)) << np.uint32(INDEX_SHIFT)
         store_u32(record + FLAGS, following | np.uint32(CLOSING | ends if ends else 0))
     for i in range(count):
         row = ids[i]
