@@ -86,7 +86,7 @@ class UniformDrawer(Drawer):
     """
 
     def __init__(self, storage: Storage, unit: Unit) -> None:
-        self._plan, self._rule, self._whole = storage.plan, rule_of(unit), isinstance(unit, Episode)
+        self._plan, self._rule, self._whole = storage.plan, rule_of(unit, storage), isinstance(unit, Episode)
 
     def draw(self, draws: Draws, attempt: int = 0) -> bool:
         """Make the draws; see `Drawer.draw`."""

@@ -15,7 +15,7 @@ from rlfeed.errors import ConfigError
 from rlfeed.replay import kernels as k
 from rlfeed.replay.draws import Draws
 from rlfeed.replay.storage import Column, Storage
-from rlfeed.replay.units import Episode, Sequence, Transition, Unit
+from rlfeed.replay.units import Episode, Sequence, Transition, Unit, rule_of
 from rlfeed.types import Batch, Layout, Slot
 
 Allocate = Callable[[int], Tensor]
@@ -197,6 +197,9 @@ class WindowReader(Reader):
             ("carry", "carry", k.ROLE_CARRY, "B"),
             ("prev_action", "action", k.ROLE_PREVIOUS, "B"),
         ]
+        self._rule = rule_of(unit, storage)
+        crosses = isinstance(unit, Sequence) and unit.boundary == "cross"
+        self._least = unit.length + unit.burn_in if crosses else 0  # fixed shapes
         per_step = [*_FLAGS, ("mask", torch.bool), ("loss_mask", torch.bool), ("is_first", torch.bool)]
         per_window = [("lengths", torch.int64), ("burn_in", torch.int64), ("prev_reward", torch.float32)]
         per_window += [("weights", torch.float32), ("ids", torch.int64)]
@@ -206,16 +209,16 @@ class WindowReader(Reader):
     def collect(self, draws: Draws, again: Redraw, allocate: Allocate) -> Batch:
         """Gather what was drawn into one block; see `Reader.collect`."""
         ids, limits, unit = draws.ids, draws.limits, self.unit
-        count, windows = len(ids), np.empty((len(ids), 4), np.int64)
-        length, back = (unit.length, unit.burn_in) if isinstance(unit, Sequence) else (WHOLE, 0)
+        count, windows = len(ids), np.empty((len(ids), k.WINDOW_SIZE), np.int64)
+        length, burn_in = (unit.length, unit.burn_in) if isinstance(unit, Sequence) else (WHOLE, 0)
         todo, longest, carved, block = np.arange(count), 0, self._carver.carve(count, 0), allocate(0)
         while len(todo):
             found = todo.copy()
-            while stale := k.resolve_windows(self._plan, ids, limits, found, length, back, windows):
+            while stale := k.resolve_windows(self._plan, self._rule, ids, limits, found, length, burn_in, windows):
                 found = found[:stale]
                 again(found)
-            if windows[:, 1].max() > longest:  # at first, and where a window drawn again is longer than all before
-                longest, todo = int(windows[:, 1].max()), np.arange(count)
+            if windows[:, k.EXTENT].max() > longest:  # first, and where a window drawn again is longer than all before
+                longest, todo = max(self._least, int(windows[:, k.EXTENT].max())), np.arange(count)
                 self._check_length(longest)
                 carved = self._carver.carve(count, longest)
                 block = allocate(carved[0].nbytes)

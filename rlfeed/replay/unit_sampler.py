@@ -10,7 +10,7 @@ from rlfeed.replay.draws import Draws, drawer_for
 from rlfeed.replay.readers import Allocate, reader_for
 from rlfeed.replay.samplers import Sampler
 from rlfeed.replay.storage import Storage
-from rlfeed.replay.units import Episode, Sequence, Transition, Unit, need_of, span_of
+from rlfeed.replay.units import Episode, Sequence, Transition, Unit, need_of, resolved, span_of
 from rlfeed.types import Batch
 
 REDRAWS = 1000
@@ -43,6 +43,7 @@ class UnitSampler:
     def __init__(self, storage: Storage, sampler: Sampler, unit: Unit) -> None:
         if not isinstance(unit, Transition | Sequence | Episode):
             raise ConfigError(f"unit: is {unit!r}; expected Transition(...), Sequence(...) or Episode(...).")
+        unit = resolved(unit, storage, sampler)
         span = span_of(unit)
         if span > storage.rows:
             raise ConfigError(

@@ -1,12 +1,14 @@
 """Units say how a drawn index becomes a sample: a transition, a window of steps, a whole episode."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from rlfeed.errors import ConfigError, UnsupportedError
 from rlfeed.replay import kernels as k
+from rlfeed.replay.samplers import Mixture, Prioritized, Sampler
+from rlfeed.replay.storage import Storage
 
 Boundary = Literal["pad", "strict", "cross"]
 
@@ -35,13 +37,22 @@ class Transition:
 class Sequence:
     """Sample windows of steps for recurrent learners; a start is the first *trained* step.
 
+    Near the end of an unfinished episode a start waits until its ``length`` steps are there, or an end. With a stride
+    above 1 an episode's starts are its steps 0, stride, 2 stride, ...; those whose window would pass the end of an
+    ended episode become one, ``length`` steps before that end (or the first step of a shorter episode): all but
+    ``"cross"``, which has no ends to align to, and but where the buffer's ``carry_every`` is above 1: there every
+    start stays on the grid, where a carry is stored, and the last window is shorter.
+
     Args:
         length: Steps to train on, >= 1; fewer where the episode ends before.
         burn_in: Steps before the start to warm the recurrent state with, clipped at the episode's first step.
         gamma: Discount per step, 0 .. 1.
-        boundary: ``"pad"``: every stored step may start a window; ``"strict"``: only full windows; ``"cross"``:
-            windows run on over the ends of episodes.
-        stride: Starts every so many steps; None is 1.
+        boundary: ``"pad"``: every stored step may start a window, which ends with its episode; ``"strict"``: only
+            full windows; ``"cross"``: any step, and the window takes the next ``length`` *rows*, on over the ends of
+            episodes. A closing row is masked, zero but for the final observation, and the row after it is first;
+            T is always burn_in + length, and ``lengths`` counts rows.
+        stride: Starts every so many steps, >= 1. None is 1; where the buffer's sampler is prioritized, length // 2:
+            neighbouring windows would share one priority.
     """
 
     length: int
@@ -51,13 +62,10 @@ class Sequence:
     stride: int | None = None
 
     def __post_init__(self) -> None:
-        _check(self, length=(self.length, 1), burn_in=(self.burn_in, 0), gamma=self.gamma)
-        if self.boundary not in ("pad", "strict"):
-            raise UnsupportedError(
-                f"Sequence: boundary is {self.boundary!r}; expected 'pad' or 'strict' in this version."
-            )
-        if self.stride not in (None, 1):
-            raise UnsupportedError(f"Sequence: stride is {self.stride}; expected None or 1 in this version.")
+        stride = 1 if self.stride is None else self.stride
+        _check(self, length=(self.length, 1), burn_in=(self.burn_in, 0), stride=(stride, 1), gamma=self.gamma)
+        if self.boundary not in get_args(Boundary):
+            raise ConfigError(f"Sequence: boundary is {self.boundary!r}; expected one of {get_args(Boundary)}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +99,73 @@ def _check(unit: Unit, *, gamma: float, **least: tuple[int, int]) -> None:
         raise ConfigError(f"{name}: " + "; ".join(wrong) + ".")
 
 
-def rule_of(unit: Unit) -> np.ndarray:
-    """Say which rows may start a sample of a unit, to the kernels.
+def carry_spacing(storage: Storage) -> int:
+    """Say how many steps of an episode lie between two that may begin a window.
+
+    Args:
+        storage: What is sampled.
+
+    Returns:
+        Steps between two stored carries; 1 where there are none.
+    """
+    return storage.carry_every if "carry" in storage.fields else 1
+
+
+def resolved(unit: Unit, storage: Storage, sampler: Sampler) -> Unit:
+    """Settle what a unit leaves to its buffer: the stride of a sequence.
 
     Args:
         unit: The unit.
+        storage: What is sampled.
+        sampler: How.
+
+    Returns:
+        The unit, its stride a number.
+
+    Raises:
+        ConfigError: If windows would begin where no carry is stored.
+    """
+    if not isinstance(unit, Sequence):
+        return unit
+    every, stride = carry_spacing(storage), unit.stride
+    if stride is None:
+        stride = max(1, unit.length // 2) if _has_priorities(sampler) else 1
+    if every > 1 and (stride % every or unit.burn_in % every):
+        raise ConfigError(
+            f"{unit}: its stride is {stride} and its burn_in {unit.burn_in}, but the buffer stores a carry every "
+            f"{every} steps; expected multiples of {every}, or no window finds a carry where it begins. Pass such a "
+            "stride and burn_in, or build the buffer with carry_every=1."
+        )
+    return replace(unit, stride=stride)
+
+
+def _has_priorities(sampler: Sampler) -> bool:
+    if isinstance(sampler, Mixture):
+        return any(map(_has_priorities, sampler.samplers))
+    return isinstance(sampler, Prioritized)
+
+
+def rule_of(unit: Unit, storage: Storage) -> np.ndarray:
+    """Say which rows may start a sample of a unit, to the kernels.
+
+    Args:
+        unit: The unit, from `resolved`.
+        storage: What is sampled.
 
     Returns:
         ``[RULE_SIZE]`` int64.
     """
     rule = np.zeros(k.RULE_SIZE, np.int64)
-    rule[k.NEED], rule[k.BACK] = 1, -1
+    rule[k.NEED], rule[k.GRID] = 1, 1
     if isinstance(unit, Transition):
         rule[k.NEED], rule[k.PLAIN] = unit.n_step, unit.n_step == 1
     elif isinstance(unit, Sequence):
-        rule[k.NEED], rule[k.BACK], rule[k.STRICT] = unit.length, unit.burn_in, unit.boundary == "strict"
+        rule[k.NEED], rule[k.GRID] = unit.length, unit.stride or 1
+        rule[k.BACK] = unit.burn_in + 1  # the step before the window gives the previous action
+        rule[k.STRICT], rule[k.CROSS] = unit.boundary == "strict", unit.boundary == "cross"
+        rule[k.ALIGNED] = carry_spacing(storage) == 1
     else:
-        rule[k.WHOLE] = 1
+        rule[k.WHOLE] = rule[k.ENDED] = 1
     return rule
 
 
@@ -138,6 +196,8 @@ def need_of(unit: Unit) -> str:
     if isinstance(unit, Episode):
         return "at least one episode that has ended and whose first step is still stored"
     if isinstance(unit, Sequence):
+        if unit.boundary == "cross":
+            return f"{unit.length + 1} rows of one lane from a step on"
         return f"{unit.length} steps of one episode" + ("" if unit.boundary == "strict" else ", or an episode's end")
     if unit.n_step > 1:
         return f"an episode's end, or {unit.n_step} steps of one episode"

@@ -17,6 +17,10 @@ UNITS = [
     Sequence(3),
     Sequence(2, burn_in=2, gamma=0.7),
     Sequence(2, burn_in=1, boundary="strict"),
+    Sequence(3, stride=2),
+    Sequence(2, stride=5, boundary="strict"),
+    Sequence(3, burn_in=2, boundary="cross", gamma=0.6),
+    Sequence(4, boundary="cross", stride=3),
 ]
 SPACE = gymnasium.spaces.Dict(
     vector=gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32),
@@ -31,7 +35,7 @@ def make_buffer(lanes, rows):
 @st.composite
 def histories(draw):
     lanes = draw(st.integers(1, 3))
-    rows = draw(st.integers(6, 14))
+    rows = draw(st.integers(8, 14))
     ends = st.sampled_from([(False, False)] * 5 + [(True, False), (False, True), (True, True)])
     events = []
     for _ in range(draw(st.integers(1, 60))):
@@ -79,20 +83,21 @@ def check_transitions(batch, twin, unit):
 
 def check_windows(batch, twin, unit):
     longest = batch.reward.shape[1]
+    if isinstance(unit, Sequence) and unit.boundary == "cross":
+        assert longest == unit.burn_in + unit.length
     for i, identity in enumerate(batch.ids.tolist()):
         expected = twin.window(identity, unit)
         n = len(expected["reward"])
         assert batch.lengths[i] == n
-        assert batch.mask[i].tolist() == [True] * n + [False] * (longest - n)
         assert batch.observation["vector"][i, : n + 1].tolist() == [list(o) for o in expected["observation"]]
         for t, vector in enumerate(expected["observation"]):
             assert np.array_equal(batch.observation["image"][i, t], image(vector))
-        for name in ("action", "reward", "terminated", "truncated", "is_first", "loss_mask"):
+        for name in ("action", "reward", "terminated", "truncated", "is_first", "mask", "loss_mask"):
             assert getattr(batch, name)[i, :n].tolist() == expected[name], name
         assert batch.discount[i, :n].tolist() == pytest.approx(expected["discount"], rel=1e-6)
         assert batch.burn_in[i] == expected["burn_in"]
         assert (batch.prev_action[i], batch.prev_reward[i]) == (expected["prev_action"], expected["prev_reward"])
-        for name in ("action", "reward", "terminated", "truncated", "is_first", "loss_mask", "discount"):
+        for name in ("action", "reward", "terminated", "truncated", "is_first", "mask", "loss_mask", "discount"):
             assert not getattr(batch, name)[i, n:].any(), name
         assert not batch.observation["vector"][i, n + 1 :].any()
         assert not batch.observation["image"][i, n + 1 :].any()

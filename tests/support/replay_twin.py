@@ -79,8 +79,9 @@ class LaneTwin:
 class ReplayTwin:
     """Lanes of Python lists that take the same steps as a `ReplayBuffer`."""
 
-    def __init__(self, lanes, rows):
+    def __init__(self, lanes, rows, carry_every=1):
         self.lanes = [LaneTwin(rows) for _ in range(lanes)]
+        self.carry_every = carry_every
 
     def __len__(self):
         return sum(lane.is_step(row) for lane in self.lanes for row in lane.live())
@@ -102,9 +103,24 @@ class ReplayTwin:
             return ended and lane.rows[row].index == 0
         begin = max(lane.first_of(row), row - unit.burn_in)
         oldest = begin if begin == lane.first_of(row) else begin - 1  # the step before it gives the previous action
-        if oldest < lane.tail:
-            return False
-        return steps >= unit.length if unit.boundary == "strict" else (ended or steps >= unit.length)
+        return oldest >= lane.tail and self._on_grid(lane, row, unit)
+
+    def _on_grid(self, lane, row, unit):
+        """Whether the stride and the boundary of a sequence let a window start at a step."""
+        length, stride, index = unit.length, unit.stride or 1, lane.rows[row].index
+        steps, ended = lane.steps_from(row)
+        if unit.boundary == "cross":
+            return index % stride == 0 and row + length <= len(lane.rows) - 1
+        if not ended:
+            return index % stride == 0 and steps >= length
+        total = index + steps
+        if stride == 1:
+            starts = set(range(total))
+        elif self.carry_every > 1:
+            starts = {g for g in range(0, total, stride) if g == 0 or g - stride + length < total}
+        else:
+            starts = {min(g, max(total - length, 0)) for g in range(0, total, stride)}
+        return index in starts and (unit.boundary == "pad" or index + length <= total)
 
     def transition(self, identity, unit):
         """The sample that a `Transition` start must give."""
@@ -127,18 +143,22 @@ class ReplayTwin:
         lane, row = self.lanes[identity >> SHIFT], identity & ((1 << SHIFT) - 1)
         burn, length = (unit.burn_in, unit.length) if isinstance(unit, Sequence) else (0, 10**9)
         begin = max(lane.first_of(row), row - burn)
-        end = row + min(length, lane.steps_from(row)[0])
-        steps = [lane.rows[i].step for i in range(begin, end)]
-        before = lane.rows[begin - 1].step if begin != lane.first_of(row) else (0, 0.0, False, False)
+        crosses = isinstance(unit, Sequence) and unit.boundary == "cross"
+        end = row + (length if crosses else min(length, lane.steps_from(row)[0]))
+        nothing = (0, 0.0, False, False)
+        rows = [lane.rows[i] for i in range(begin, end)]
+        steps = [nothing if r.closing else r.step for r in rows]
+        before = lane.rows[begin - 1].step if begin != lane.first_of(row) else nothing
         return {
             "observation": [lane.rows[i].observation for i in range(begin, end + 1)],
             "action": [s[0] for s in steps],
             "reward": [s[1] for s in steps],
             "terminated": [s[2] for s in steps],
             "truncated": [s[3] for s in steps],
-            "discount": [0.0 if s[2] else unit.gamma for s in steps],
-            "is_first": [lane.rows[i].index == 0 for i in range(begin, end)],
-            "loss_mask": [i >= row for i in range(begin, end)],
+            "discount": [0.0 if r.closing or r.step[2] else unit.gamma for r in rows],
+            "is_first": [r.index == 0 and not r.closing for r in rows],
+            "mask": [not r.closing for r in rows],
+            "loss_mask": [not r.closing and begin + i >= row for i, r in enumerate(rows)],
             "burn_in": row - begin,
             "prev_action": before[0],
             "prev_reward": before[1],

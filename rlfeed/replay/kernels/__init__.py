@@ -57,21 +57,26 @@ from rlfeed.replay.kernels.rows import (
     WRITTEN_BACK,
     count_steps,
 )
-from rlfeed.replay.kernels.starts import BACK, NEED, PLAIN, RULE_SIZE, STRICT, WHOLE
-from rlfeed.replay.kernels.windows import gather_windows, resolve_windows
+from rlfeed.replay.kernels.starts import ALIGNED, BACK, CROSS, ENDED, GRID, NEED, PLAIN, RULE_SIZE, STRICT, WHOLE
+from rlfeed.replay.kernels.windows import EXTENT, WINDOW_SIZE, gather_windows, resolve_windows
 from rlfeed.replay.kernels.write import cut_lane, write_step
 from rlfeed.replay.kernels.writeback import write_back
 
 __all__ = [
+    "ALIGNED",
     "BACK",
     "BASE",
     "CARRY_ENTRIES",
     "CARRY_EVERY",
     "COMMITTED",
+    "CROSS",
     "DIRECTORY",
+    "ENDED",
     "ENTRIES",
     "EPISODES",
+    "EXTENT",
     "FIELD_SIZE",
+    "GRID",
     "HEAD_BYTES",
     "INSIDE",
     "LANES",
@@ -106,6 +111,7 @@ __all__ = [
     "STRIDE",
     "TRIES",
     "WHOLE",
+    "WINDOW_SIZE",
     "WRITTEN_BACK",
     "count_steps",
     "cut_lane",

@@ -11,6 +11,7 @@ from rlfeed.replay.kernels.rows import (
     FLAGS,
     LANE_SHIFT,
     LANES,
+    MOST_TRIES,
     NO_START,
     RECORDS,
     RESERVED,
@@ -23,7 +24,7 @@ from rlfeed.replay.kernels.rows import (
     lane_span,
     slot_of,
 )
-from rlfeed.replay.kernels.starts import PLAIN, list_starts, starts_here
+from rlfeed.replay.kernels.starts import GRID, PLAIN, list_starts, starts_here
 from rlfeed.replay.kernels.words import kernel, load_acquire, load_u8, prefetch
 
 
@@ -154,18 +155,19 @@ def draw_steps(
         spots[i] = records + (lane * rows + (slot if slot < rows else slot - rows)) * stride
         prefetch(spots[i])
         ids[i], limits[i] = (lane << LANE_SHIFT) | row, heads[lane]
-    plain = rule[PLAIN] != 0
+    # Of a grid of starts a try meets one in so many.
+    plain, tries = rule[PLAIN] != 0, min(TRIES * rule[GRID], MOST_TRIES)
     starts, listed = np.empty(0, np.int64), False
     for i in range(count):
         lane, row, retry = ids[i] >> LANE_SHIFT, ids[i] & ROW_MASK, 1
         if plain and not load_u8(spots[i] + FLAGS) & CLOSING and not is_stale(plan, lane, row):
             continue
         while not starts_here(plan, rule, lane, row, limits[i]):
-            if retry == TRIES:
+            if retry == tries:
                 if not listed:
                     starts, listed = list_starts(plan, rule, heads, tails), True
                 if len(starts) > 0:
-                    row = starts[below(philox(key, number + i, attempt + TRIES), len(starts))]
+                    row = starts[below(philox(key, number + i, attempt + tries), len(starts))]
                     ids[i], limits[i] = row, heads[row >> LANE_SHIFT]
                     break
                 if not is_overtaken(plan, heads, tails):

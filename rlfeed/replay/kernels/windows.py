@@ -7,6 +7,7 @@ from numba import njit
 
 from rlfeed.replay.kernels.rows import (
     BASE,
+    CLOSING,
     FIRST,
     FLAGS,
     LANE_SHIFT,
@@ -18,6 +19,7 @@ from rlfeed.replay.kernels.rows import (
     ROLE_CARRY,
     ROLE_OBSERVATION,
     ROLE_PREVIOUS,
+    ROLE_STEP,
     ROW_MASK,
     ROWS,
     TERMINATED,
@@ -26,7 +28,9 @@ from rlfeed.replay.kernels.rows import (
     first_row,
     is_stale,
     record_of,
+    slot_of,
 )
+from rlfeed.replay.kernels.starts import BACK, CROSS
 from rlfeed.replay.kernels.words import (
     copy_row,
     fence,
@@ -38,22 +42,35 @@ from rlfeed.replay.kernels.words import (
     store_i64,
     store_u8,
 )
+from rlfeed.replay.kernels.writeback import read_carry
+
+# What is known of a window: its first row, how many rows it has, how many of them are burn-in, its episode's first row
+# (-1 where that is no longer there), and the oldest row that its gather touches.
+BEGIN, EXTENT, BURN_IN, ORIGIN, OLDEST, WINDOW_SIZE = range(6)
 
 
-@kernel("int64(int64[::1], int64[::1], int64[::1], int64[::1], int64, int64, int64[:, ::1])")
+@kernel("int64(int64[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64, int64, int64[:, ::1])")
 def resolve_windows(
-    plan: np.ndarray, ids: np.ndarray, limits: np.ndarray, todo: np.ndarray, length: int, back: int, windows: np.ndarray
+    plan: np.ndarray,
+    rule: np.ndarray,
+    ids: np.ndarray,
+    limits: np.ndarray,
+    todo: np.ndarray,
+    length: int,
+    burn_in: int,
+    windows: np.ndarray,
 ) -> int:
-    """Find the rows of each window: where it begins, how many steps it has and how many of them are burn-in.
+    """Find the rows of each window.
 
     Args:
         plan: The storage.
+        rule: The unit's valid starts.
         ids: ``[B]``, the first trained steps.
         limits: ``[B]``, the heads at the draws.
         todo: Which to find; receives, in its front, those that were overwritten meanwhile.
         length: Trained steps at most.
-        back: Burn-in steps at most.
-        windows: ``[B, 4]``: receives first row, steps, burn-in, and 1 where a step of the episode lies before.
+        burn_in: Burn-in steps at most.
+        windows: ``[B, WINDOW_SIZE]``: receives what is found.
 
     Returns:
         How many were overwritten: their windows are not to be trusted.
@@ -63,15 +80,17 @@ def resolve_windows(
         at = todo[i]
         identity, limit = ids[at], limits[at]
         lane, row = identity >> LANE_SHIFT, identity & ROW_MASK
-        first = first_row(plan, lane, row)
-        begin = row - back if first < 0 else max(first, row - back)
-        end = min(min(closing_row(plan, lane, row, limit), limit - 1), row + length)
-        windows[at, 0] = begin
-        windows[at, 1] = max(1, end - begin)
-        windows[at, 2] = row - begin
-        windows[at, 3] = begin != first
+        origin = first_row(plan, lane, row)
+        begin, end = max(origin, row - burn_in), row + length
+        if not rule[CROSS]:
+            end = min(min(closing_row(plan, lane, row, limit), limit - 1), end)
+        windows[at, BEGIN] = begin
+        windows[at, EXTENT] = max(1, end - begin)
+        windows[at, BURN_IN] = row - begin
+        windows[at, ORIGIN] = origin
+        windows[at, OLDEST] = max(origin, row - rule[BACK])
         fence()
-        if is_stale(plan, lane, begin - windows[at, 3]):
+        if is_stale(plan, lane, windows[at, OLDEST]):
             todo[stale] = at
             stale += 1
     return stale
@@ -79,32 +98,52 @@ def resolve_windows(
 
 @njit
 def gather_field(
-    plan: np.ndarray, field: np.ndarray, block: int, lane: int, window: np.ndarray, i: int, longest: int
+    plan: np.ndarray,
+    field: np.ndarray,
+    block: int,
+    lane: int,
+    window: np.ndarray,
+    i: int,
+    longest: int,
+    ends: np.ndarray,
 ) -> None:
-    """Copy one field of one window and clear what lies behind it."""
+    """Copy one field of one window; clear it at closing rows inside, where there is no step, and behind the window."""
     nbytes, role, rows = field[NBYTES], field[ROLE], plan[ROWS]
     base = field[BASE] + lane * rows * field[PITCH]
-    begin, steps, room = window[0], window[1], longest
+    begin, steps, room = window[BEGIN], window[EXTENT], longest
     if role == ROLE_OBSERVATION:
         steps, room = steps + 1, longest + 1
-    elif role == ROLE_CARRY:
-        steps, room = 1, 1
-    elif role == ROLE_PREVIOUS:
-        begin, steps, room = begin - 1, window[3], 1
+    elif role == ROLE_PREVIOUS:  # once a window, and zeros where the window opens an episode
+        begin, steps, room = begin - 1, np.int64(begin != window[ORIGIN]), 1
     destination = block + field[OTHER] + i * room * nbytes
-    slot = begin % rows
+    slot = slot_of(plan, begin) if steps > 0 else 0
     for t in range(steps):
         copy_row(destination + t * nbytes, base + slot * field[PITCH], nbytes)
         slot = slot + 1 if slot + 1 < rows else 0
     memzero(destination + steps * nbytes, (room - steps) * nbytes)
+    if role == ROLE_STEP:
+        for end in ends:
+            memzero(destination + end * nbytes, nbytes)
 
 
 @njit
 def gather_flags(
-    plan: np.ndarray, block: int, identity: int, window: np.ndarray, i: int, longest: int, gamma: float, out: np.ndarray
-) -> None:
-    """Store what is computed for one window, step by step, and clear what lies behind it."""
-    lane, begin, steps, burn, before = identity >> LANE_SHIFT, window[0], window[1], window[2], window[3]
+    plan: np.ndarray,
+    block: int,
+    identity: int,
+    window: np.ndarray,
+    i: int,
+    longest: int,
+    gamma: float,
+    out: np.ndarray,
+    ends: np.ndarray,
+) -> int:
+    """Store what is computed for one window, step by step, and clear what lies behind it.
+
+    Returns how many closing rows are inside; ``ends`` receives where.
+    """
+    lane, begin, steps, burn_in = identity >> LANE_SHIFT, window[BEGIN], window[EXTENT], window[BURN_IN]
+    found = 0
     for t in range(longest):
         at = i * longest + t
         inside = t < steps
@@ -112,20 +151,26 @@ def gather_flags(
         if inside:
             record = record_of(plan, lane, begin + t)
             flags, reward = load_u8(record + FLAGS), load_f32(record + plan[REWARD])
+            if flags & CLOSING:
+                inside, flags, reward = False, np.uint8(0), np.float32(0.0)
+                ends[found] = t
+                found += 1
         terminated = flags & TERMINATED != 0
         store_f32(block + out[0] + at * 4, reward)
         store_u8(block + out[1] + at, np.uint8(terminated))
         store_u8(block + out[2] + at, np.uint8(flags & TRUNCATED != 0))
         store_f32(block + out[3] + at * 4, np.float32(gamma) if inside and not terminated else np.float32(0.0))
         store_u8(block + out[4] + at, np.uint8(inside))
-        store_u8(block + out[5] + at, np.uint8(inside and t >= burn))
+        store_u8(block + out[5] + at, np.uint8(inside and t >= burn_in))
         store_u8(block + out[6] + at, np.uint8(flags & FIRST != 0))
     store_i64(block + out[7] + i * 8, steps)
-    store_i64(block + out[8] + i * 8, burn)
-    previous = load_f32(record_of(plan, lane, begin - 1) + plan[REWARD]) if before else np.float32(0.0)
+    store_i64(block + out[8] + i * 8, burn_in)
+    opens = begin == window[ORIGIN]
+    previous = np.float32(0.0) if opens else load_f32(record_of(plan, lane, begin - 1) + plan[REWARD])
     store_f32(block + out[9] + i * 4, previous)
     store_f32(block + out[10] + i * 4, np.float32(1.0))
     store_i64(block + out[11] + i * 8, identity)
+    return found
 
 
 @kernel("int64(int64[::1], int64[:, ::1], int64, int64[::1], int64[:, ::1], int64[::1], int64, float64, int64[::1])")
@@ -157,14 +202,20 @@ def gather_windows(
     Returns:
         How many were overwritten.
     """
-    stale = 0
+    stale, ends, carries = 0, np.empty(longest, np.int64), False
     for n in range(len(todo)):
         i = todo[n]
-        gather_flags(plan, block, ids[i], windows[i], i, longest, gamma, out)
+        lane, window = ids[i] >> LANE_SHIFT, windows[i]
+        inside = ends[: gather_flags(plan, block, ids[i], window, i, longest, gamma, out, ends)]
         for f in range(fields.shape[0]):
-            gather_field(plan, fields[f], block, ids[i] >> LANE_SHIFT, windows[i], i, longest)
+            if fields[f, ROLE] == ROLE_CARRY:
+                carries = True
+            else:
+                gather_field(plan, fields[f], block, lane, window, i, longest, inside)
+        if carries:
+            read_carry(plan, fields, block, i, lane, window[BEGIN])
         fence()
-        if is_stale(plan, ids[i] >> LANE_SHIFT, windows[i, 0] - windows[i, 3]):
+        if is_stale(plan, lane, window[OLDEST]):
             todo[stale] = i
             stale += 1
     return stale

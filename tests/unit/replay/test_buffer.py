@@ -95,14 +95,15 @@ def test_batches_never_alias_storage():
     assert torch.equal(batch.observation["vector"], before)
 
 
-def test_carry_is_the_state_before_the_first_observation():
+def test_carry_is_the_state_before_the_first_observation_and_zeros_where_that_opens_an_episode():
+    """Trap 18."""
     buffer = line_buffer(extras={"carry": Box(-1e9, 1e9, (1,), np.float32)})
     for i in range(6):
         buffer.add(line_step(i, first=i == 0, terminated=i == 5, carry=np.full((1, 1), 10.0 + i, np.float32)))
     batch = buffer.sample(20, Sequence(2, burn_in=1))
     begins = batch.observation[:, 0, 0]
-    assert torch.equal(batch.carry[:, 0], begins + 10)
     assert set(begins.tolist()) == {0.0, 1.0, 2.0, 3.0, 4.0}
+    assert torch.equal(batch.carry[:, 0], torch.where(begins == 0, 0.0, begins + 10))
 
 
 def test_add_lost_row_cuts_its_episode_and_stores_nothing():
