@@ -103,7 +103,7 @@ def check_windows(batch, twin, unit):
         assert not batch.observation["image"][i, n + 1 :].any()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(histories())
 def test_buffer_any_history_equals_twin(history):
     lanes, rows, events = history
