@@ -1,7 +1,7 @@
 """What travels through the data path: `Step` in, `Batch` out, and the protocols users implement."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -83,37 +83,39 @@ class Layout:
         nbytes: The block's length in bytes, a multiple of 64.
     """
 
-    __slots__ = ("_dtypes", "_plan", "nbytes", "nested", "slots")
+    __slots__ = ("_plan", "nbytes", "slots")
 
     def __init__(self, slots: tuple[Slot, ...], nbytes: int) -> None:
         self.slots, self.nbytes = slots, nbytes
-        self.nested = tuple(dict.fromkeys(slot.name for slot in slots if slot.path))
-        self._dtypes = tuple(dict.fromkeys(slot.dtype for slot in slots))
-        self._plan = [
-            (s.name, s.path, s.dtype, s.shape, _strides(s.shape), s.offset // s.dtype.itemsize) for s in slots
-        ]
+        self._plan: dict[str, list[tuple[Path, torch.dtype, tuple[int, ...], tuple[int, ...], int]]] = {}
+        for s in slots:
+            line = (s.path, s.dtype, s.shape, _strides(s.shape), s.offset // s.dtype.itemsize)
+            self._plan.setdefault(s.name, []).append(line)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Layout, (self.slots, self.nbytes)
 
-    def fill(self, values: dict[str, Nest], block: Tensor) -> None:
-        """Carve the fields out of a block.
+    def __contains__(self, name: object) -> bool:
+        return name in self._plan
+
+    def read(self, name: str, block: Tensor, typed: dict[torch.dtype, Tensor]) -> Nest:
+        """Carve one field out of a block.
 
         Args:
-            values: Receives the fields by name: nests of dense tensors that share the block's memory.
+            name: A field that has slots here.
             block: uint8, at least ``nbytes`` long.
+            typed: The block as other dtypes, kept from field to field.
+
+        Returns:
+            A nest of dense tensors that share the block's memory.
         """
-        # One reinterpretation per dtype, then one as_strided per field: 0.7 us each instead of 2 for narrow+view+view.
-        typed = {dtype: block.view(dtype) for dtype in self._dtypes}
-        nested: dict[str, list[tuple[Path, Tensor]]] = {}
-        for name, path, dtype, shape, strides, start in self._plan:
-            tensor = typed[dtype].as_strided(shape, strides, start)
-            if path:
-                nested.setdefault(name, []).append((path, tensor))
-            else:
-                values[name] = tensor
-        for name, pairs in nested.items():
-            values[name] = build(pairs)
+        pairs = []
+        for path, dtype, shape, strides, start in self._plan[name]:
+            if dtype not in typed:
+                typed[dtype] = block.view(dtype)
+            # as_strided makes any view in one call, where narrow, view and view would be three.
+            pairs.append((path, typed[dtype].as_strided(shape, strides, start)))
+        return pairs[0][1] if not pairs[0][0] else build(pairs)
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -124,13 +126,13 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)  # slots: a field that is not set asks __getattr__
 class Batch:
     """Hold a batch for a learner: ``[B, ...]`` from `Transition`, padded ``[B, T, ...]`` from `Sequence` and `Episode`.
 
     Every field is dense and, when the batch came from the replay, all lie in one contiguous block, so that it is
-    pinned, moved and sent between processes as one piece. Padded values are zeros. Fields that a unit does not have
-    are None.
+    pinned, moved and sent between processes as one piece; a field's tensors are made when it is first looked at.
+    Padded values are zeros. Fields that a unit does not have are None.
 
     Args:
         observation: ``[B, ...]``, or ``[B, T+1, ...]``: the last valid one is the successor of the last step.
@@ -179,7 +181,8 @@ class Batch:
     extras: dict[str, Nest] = field(default_factory=dict)
     _block: Tensor | None = field(default=None, init=False, repr=False)
     _layout: Layout | None = field(default=None, init=False, repr=False)
-    _carved: tuple[Tensor, ...] = field(default=(), init=False, repr=False)
+    _typed: dict[torch.dtype, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _nests: "dict[str, list[tuple[Path, Tensor]]]" = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def carve(cls, block: Tensor, layout: Layout, ids: Tensor | None = None) -> "Batch":
@@ -193,24 +196,36 @@ class Batch:
         Returns:
             The batch.
         """
-        batch = object.__new__(cls)  # __init__ of a frozen dataclass sets 24 attributes one by one: 5 us
-        values = batch.__dict__
-        values.update(_BLANK, extras={}, _block=block, _layout=layout)
-        layout.fill(values, block)
-        if layout.nested:
-            values["_carved"] = _leaves(values, layout)
+        batch = object.__new__(cls)  # __init__ would set every field: a tensor costs 2 us, and most are never looked at
+        _set(batch, "_block", block)
+        _set(batch, "_layout", layout)
+        _set(batch, "_typed", {})
+        _set(batch, "_nests", {})
         if ids is not None:
-            values["ids"] = ids
+            _set(batch, "ids", ids)
         return batch
+
+    def __getattr__(self, name: str) -> Any:
+        # Asked once per field of a batch that was carved: from then on the field is set.
+        block, layout = (self._block, self._layout) if name in _ABSENT else (None, None)
+        if block is None or layout is None:
+            raise AttributeError(f"'Batch' object has no attribute {name!r}", name=name, obj=self)
+        value = layout.read(name, block, self._typed) if name in layout else _ABSENT[name]()
+        if isinstance(value, dict | tuple):  # what may be edited although the fields are frozen
+            self._nests[name] = list(leaves(value))
+        _set(self, name, value)
+        return value
 
     def _whole(self) -> tuple[Tensor, Layout] | None:
         """Give the block and its layout while they are all there is: fields are frozen, but a dict may be edited."""
         block, layout = self._block, self._layout
-        if block is None or layout is None or (self.extras and "extras" not in layout.nested):
+        if block is None or layout is None:
             return None
-        now = _leaves(self.__dict__, layout)
-        same = len(now) == len(self._carved) and all(a is b for a, b in zip(now, self._carved, strict=True))
+        same = all(_same(list(leaves(getattr(self, name))), carved) for name, carved in self._nests.items())
         return (block, layout) if same else None
+
+    def _any(self) -> Tensor:
+        return self.reward if self._block is None else self._block
 
     def __len__(self) -> int:
         """Count the rows.
@@ -253,8 +268,8 @@ class Batch:
         Returns:
             The batch on the device (the same batch where it is already there).
         """
-        target = torch.device(device)
-        if self.reward.device == target or (target.index is None and self.reward.device.type == target.type):
+        target, here = torch.device(device), self._any().device
+        if here == target or (target.index is None and here.type == target.type):
             return self
         return self.through(lambda tensor: tensor.to(target, non_blocking=non_blocking))
 
@@ -270,7 +285,7 @@ class Batch:
         if whole := self._whole():
             return Batch.carve(copy(whole[0]), whole[1], self.ids)
         copied = self.map(copy)
-        object.__setattr__(copied, "ids", self.ids)
+        _set(copied, "ids", self.ids)
         return copied
 
     def pin_memory(self) -> "Batch":
@@ -289,7 +304,7 @@ class Batch:
         Returns:
             True where it does.
         """
-        return self.reward.is_pinned()
+        return self._any().is_pinned()
 
     def clone(self) -> "Batch":
         """Copy the batch into memory of its own.
@@ -303,11 +318,14 @@ class Batch:
         return self.map(lambda tensor: tensor.clone())
 
 
-def _leaves(values: Mapping[str, Any], layout: Layout) -> tuple[Tensor, ...]:
-    return tuple(leaf for name in layout.nested for _, leaf in leaves(values[name]))
+# What a field is that a unit does not have.
+_ABSENT: dict[str, Callable[[], Any]] = {f.name: lambda: None for f in fields(Batch) if f.init}
+_ABSENT |= {"carry": tuple, "extras": dict}
+_set = object.__setattr__  # past the frozen class
 
 
-_BLANK = {f.name: f.default for f in fields(Batch) if f.default is not MISSING}
+def _same(now: list[tuple[Path, Tensor]], carved: list[tuple[Path, Tensor]]) -> bool:
+    return len(now) == len(carved) and all(a == b and x is y for (a, x), (b, y) in zip(now, carved, strict=True))
 
 
 def _rebuild(values: dict[str, Any]) -> Batch:

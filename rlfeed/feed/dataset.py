@@ -12,6 +12,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -246,5 +247,9 @@ def unbatch(batch: Batch) -> dict[str, Nest]:
     """
     if len(batch) != 1:
         raise FieldError(f"pad_collate: got a batch of {len(batch)} rows as a sample; expected batches of one.")
-    values = {name: value for name, value in vars(batch).items() if not name.startswith("_") and value is not None}
-    return {name: map_nest(lambda tensor: tensor[0], value) for name, value in values.items() if value not in ((), {})}
+    values = {f.name: getattr(batch, f.name) for f in fields(batch) if f.init}
+    return {name: map_nest(lambda t: t[0], value) for name, value in values.items() if not _is_absent(value)}
+
+
+def _is_absent(value: Nest | None) -> bool:
+    return value is None or (isinstance(value, dict | tuple) and not value)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import pickle
+from copy import deepcopy
 
 import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete
 from support.batches import assert_same
 from support.replay_twin import ReplayTwin, make_step
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlfeed.replay import Episode, ReplayBuffer, Transition
 from rlfeed.types import Batch
@@ -78,3 +80,73 @@ def test_batch_edited_dict_is_not_lost_in_a_copy(batch):
 
 def test_batch_pickled_sends_its_block_once(batch):
     assert len(pickle.dumps(batch)) < 1.2 * batch._block.numel() + 5000
+
+
+NAMES = [f.name for f in dataclasses.fields(Batch) if f.init]
+ROUND_TRIPS = {
+    "pickle": lambda batch: pickle.loads(pickle.dumps(batch)),
+    "clone": lambda batch: batch.clone(),
+    "through": lambda batch: batch.through(torch.clone),
+    "deepcopy": deepcopy,
+    "replace": lambda batch: dataclasses.replace(batch),
+}
+
+
+@pytest.mark.parametrize("trip", ROUND_TRIPS.values(), ids=ROUND_TRIPS)
+@pytest.mark.parametrize("touched", [[], *([name] for name in NAMES), NAMES], ids=["none", *NAMES, "all"])
+def test_batch_field_looked_at_or_not_is_the_same_in_a_copy(batch, trip, touched):
+    expected = Batch(**{name: getattr(batch, name) for name in NAMES})
+    fresh = Batch.carve(batch._block, batch._layout)
+    for name in touched:
+        getattr(fresh, name)
+    assert_same(trip(fresh), expected)
+    assert_same(fresh, expected)
+
+
+def test_batch_field_looked_at_again_is_the_same_object(batch):
+    """What a user edits in place or compares by identity must not be a new tensor each time."""
+    for name in NAMES:
+        assert getattr(batch, name) is getattr(batch, name)
+
+
+def test_batch_drawn_makes_no_tensor_before_it_is_looked_at():
+    """The work bound of a sample: one allocation; then one view per dtype and one per tensor looked at."""
+    buffer, twin = ReplayBuffer(SPACE, Discrete(11), capacity=60, storage="private"), ReplayTwin(1, 60)
+    buffer.add(make_step(twin, [0], [(False, False)], rewards=[0.0]))
+    buffer.sample(5, Transition())
+    with TorchCalls() as calls:
+        batch = buffer.sample(5, Transition())
+    assert calls.names == ["empty"]
+    with TorchCalls() as calls:
+        assert batch.reward.shape == batch.discount.shape == batch.reward.shape
+    assert (calls.names.count("view"), calls.names.count("as_strided")) == (1, 2)
+
+
+class TorchCalls(TorchDispatchMode):
+    """Name the operators that torch runs meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_batch_unknown_field_is_an_attribute_error(batch):
+    with pytest.raises(AttributeError, match="next_obs"):
+        batch.next_obs  # noqa: B018
+    assert not hasattr(batch.map(torch.clone), "next_obs")
+
+
+def test_batch_field_is_frozen_before_and_after_it_is_looked_at(batch):
+    for _ in range(2):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            batch.reward = torch.zeros(5)
+        assert batch.reward is not None
+
+
+def test_batch_renamed_key_is_not_lost_in_a_copy(batch):
+    batch.observation["seen"] = batch.observation.pop("image")
+    assert batch.clone().observation.keys() == {"vector", "seen"}
