@@ -87,10 +87,12 @@ class Layout:
 
     def __init__(self, slots: tuple[Slot, ...], nbytes: int) -> None:
         self.slots, self.nbytes = slots, nbytes
-        self._plan: dict[str, list[tuple[Path, torch.dtype, tuple[int, ...], tuple[int, ...], int]]] = {}
+        self._plan: dict[str, tuple[list[Path], list[tuple[Any, ...]]]] = {}
         for s in slots:
-            line = (s.path, s.dtype, s.shape, _strides(s.shape), s.offset // s.dtype.itemsize)
-            self._plan.setdefault(s.name, []).append(line)
+            paths, lines = self._plan.setdefault(s.name, ([], []))
+            paths.append(s.path)
+            as_numpy, start = torch.empty(0, dtype=s.dtype).numpy().dtype, s.offset // s.dtype.itemsize
+            lines.append((s.shape, s.offset, as_numpy, s.dtype, _strides(s.shape), start))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Layout, (self.slots, self.nbytes)
@@ -99,7 +101,7 @@ class Layout:
         return name in self._plan
 
     def read(self, name: str, block: Tensor, typed: dict[torch.dtype, Tensor]) -> Nest:
-        """Carve one field out of a block.
+        """Carve one field out of a block, wherever it lies.
 
         Args:
             name: A field that has slots here.
@@ -107,15 +109,29 @@ class Layout:
             typed: The block as other dtypes, kept from field to field.
 
         Returns:
-            A nest of dense tensors that share the block's memory.
+            A nest of dense tensors that share the block's storage.
         """
-        pairs = []
-        for path, dtype, shape, strides, start in self._plan[name]:
+        paths, lines = self._plan[name]
+        views = []
+        for shape, _, _, dtype, strides, start in lines:
             if dtype not in typed:
                 typed[dtype] = block.view(dtype)
-            # as_strided makes any view in one call, where narrow, view and view would be three.
-            pairs.append((path, typed[dtype].as_strided(shape, strides, start)))
-        return pairs[0][1] if not pairs[0][0] else build(pairs)
+            views.append(typed[dtype].as_strided(shape, strides, start))  # narrow, view and view would be three calls
+        return build(zip(paths, views, strict=True)) if paths[0] else views[0]
+
+    def read_plain(self, name: str, memory: np.ndarray) -> Nest:
+        """Carve one field out of ordinary memory: half the price, but its tensors do not know the block's storage.
+
+        Args:
+            name: A field that has slots here.
+            memory: uint8, at least ``nbytes`` long.
+
+        Returns:
+            A nest of dense tensors that share the memory.
+        """
+        paths, lines = self._plan[name]
+        views = [torch.from_numpy(np.ndarray(line[0], line[2], memory, line[1])) for line in lines]
+        return build(zip(paths, views, strict=True)) if paths[0] else views[0]
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -126,7 +142,7 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-@dataclass(frozen=True, eq=False, kw_only=True, slots=True)  # slots: a field that is not set asks __getattr__
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Batch:
     """Hold a batch for a learner: ``[B, ...]`` from `Transition`, padded ``[B, T, ...]`` from `Sequence` and `Episode`.
 
@@ -181,39 +197,45 @@ class Batch:
     extras: dict[str, Nest] = field(default_factory=dict)
     _block: Tensor | None = field(default=None, init=False, repr=False)
     _layout: Layout | None = field(default=None, init=False, repr=False)
-    _typed: dict[torch.dtype, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _plain: bool = field(default=False, init=False, repr=False)
+    _views: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     _nests: "dict[str, list[tuple[Path, Tensor]]]" = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def carve(cls, block: Tensor, layout: Layout, ids: Tensor | None = None) -> "Batch":
+    def carve(cls, block: Tensor, layout: Layout, ids: Tensor | None = None, *, plain: bool = False) -> "Batch":
         """Make a batch whose fields are views of one block.
 
         Args:
             block: uint8 memory of at least ``layout.nbytes``.
             layout: Where each field lies.
             ids: ``[B]``, replaces the block's ids (they stay on the CPU when the block moves to a device).
+            plain: Whether the block is ordinary memory of this process. Neither pinned memory is (torch must see whose
+                copies are under way) nor shared memory (torch must see that it can be sent as it is).
 
         Returns:
             The batch.
         """
-        batch = object.__new__(cls)  # __init__ would set every field: a tensor costs 2 us, and most are never looked at
-        _set(batch, "_block", block)
-        _set(batch, "_layout", layout)
-        _set(batch, "_typed", {})
-        _set(batch, "_nests", {})
+        batch = object.__new__(cls)  # __init__ would set every field: a tensor costs 2 us, and many are never looked at
+        batch.__dict__.update(_block=block, _layout=layout, _plain=plain, _views={}, _nests={})
         if ids is not None:
-            _set(batch, "ids", ids)
+            batch.__dict__["ids"] = ids
         return batch
 
-    def __getattr__(self, name: str) -> Any:
-        # Asked once per field of a batch that was carved: from then on the field is set.
-        block, layout = (self._block, self._layout) if name in _ABSENT else (None, None)
-        if block is None or layout is None:
-            raise AttributeError(f"'Batch' object has no attribute {name!r}", name=name, obj=self)
-        value = layout.read(name, block, self._typed) if name in layout else _ABSENT[name]()
-        if isinstance(value, dict | tuple):  # what may be edited although the fields are frozen
+    def _look(self, name: str) -> Any:
+        """Carve a field, once."""
+        block, layout, views = self._block, self._layout, self._views
+        if block is None or layout is None or name not in layout:
+            value = _ABSENT[name]()
+        elif self._plain and not torch.compiler.is_compiling():  # a compiler follows torch, not NumPy
+            memory = views.get("memory")
+            if memory is None:
+                memory = views["memory"] = block.numpy()
+            value = layout.read_plain(name, memory)
+        else:
+            value = layout.read(name, block, views)
+        if type(value) in (dict, tuple):  # what may be edited although the fields are frozen
             self._nests[name] = list(leaves(value))
-        _set(self, name, value)
+        self.__dict__[name] = value
         return value
 
     def _whole(self) -> tuple[Tensor, Layout] | None:
@@ -285,7 +307,7 @@ class Batch:
         if whole := self._whole():
             return Batch.carve(copy(whole[0]), whole[1], self.ids)
         copied = self.map(copy)
-        _set(copied, "ids", self.ids)
+        object.__setattr__(copied, "ids", self.ids)
         return copied
 
     def pin_memory(self) -> "Batch":
@@ -321,7 +343,20 @@ class Batch:
 # What a field is that a unit does not have.
 _ABSENT: dict[str, Callable[[], Any]] = {f.name: lambda: None for f in fields(Batch) if f.init}
 _ABSENT |= {"carry": tuple, "extras": dict}
-_set = object.__setattr__  # past the frozen class
+
+
+class _Look:
+    """Stand in for a field of `Batch` until it is looked at: an attribute of the object goes before this one."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, batch: Batch | None, owner: type) -> Any:
+        return self if batch is None else batch._look(self._name)
+
+
+for _name in _ABSENT:
+    setattr(Batch, _name, _Look(_name))
 
 
 def _same(now: list[tuple[Path, Tensor]], carved: list[tuple[Path, Tensor]]) -> bool:

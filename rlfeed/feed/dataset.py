@@ -25,6 +25,7 @@ from rlfeed.nest import Nest, map_nest
 from rlfeed.replay.buffer import ReplayBuffer
 from rlfeed.replay.limiter import Limiter
 from rlfeed.replay.memory import Memory
+from rlfeed.replay.readers import allocate_private
 from rlfeed.replay.samplers import stream_key
 from rlfeed.replay.units import Unit
 from rlfeed.types import Batch
@@ -177,7 +178,7 @@ class _Stream:
 
     def _read(self, number: int, size: int) -> Batch:
         # A block born in shared memory travels to the learner without another copy.
-        allocate = _allocate_shared if self.in_worker else _allocate
+        allocate = _allocate_shared if self.in_worker else allocate_private
         deadline, parent = time.monotonic() + WAIT_S, os.getppid()
         while True:
             try:
@@ -190,10 +191,6 @@ class _Stream:
                 if os.getppid() != parent:
                     raise SystemExit(0) from error  # the learner is gone
                 time.sleep(0.002)
-
-
-def _allocate(nbytes: int) -> Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 def _allocate_shared(nbytes: int) -> Tensor:

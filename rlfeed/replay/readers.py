@@ -174,8 +174,7 @@ class TransitionReader(Reader):
         ):
             todo = todo[:stale]  # only what was overwritten is drawn and copied again
             again(todo)
-        return Batch.carve(block, layout)
-
+        return Batch.carve(block, layout, plain=allocate is allocate_private)
 
 
 class WindowReader(Reader):
@@ -228,7 +227,7 @@ class WindowReader(Reader):
             todo = todo[:stale]
             if stale:
                 again(todo)
-        return Batch.carve(block, carved[0])
+        return Batch.carve(block, carved[0], plain=allocate is allocate_private)
 
     def _check_length(self, longest: int) -> None:
         most = self.unit.max_length if isinstance(self.unit, Episode) else None

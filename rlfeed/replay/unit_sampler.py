@@ -1,31 +1,17 @@
 """Draw and gather one unit from one buffer: what `ReplayBuffer.sample` and every loader stand on."""
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from rlfeed.errors import ConfigError, NotEnoughDataError, StaleReadError
 from rlfeed.replay import kernels as k
 from rlfeed.replay.draws import Draws, drawer_for
-from rlfeed.replay.readers import Allocate, reader_for
+from rlfeed.replay.readers import Allocate, allocate_private, reader_for
 from rlfeed.replay.samplers import Sampler
 from rlfeed.replay.storage import Storage
 from rlfeed.replay.units import Episode, Sequence, Transition, Unit, need_of, resolved, span_of
 from rlfeed.types import Batch
 
 REDRAWS = 1000
-
-
-def allocate_private(nbytes: int) -> Tensor:
-    """Allocate a block in ordinary memory.
-
-    Args:
-        nbytes: Its length.
-
-    Returns:
-        uint8, 64-byte aligned, not initialised.
-    """
-    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 class UnitSampler:

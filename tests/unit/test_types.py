@@ -2,6 +2,8 @@
 
 import dataclasses
 import pickle
+import subprocess
+import sys
 from copy import deepcopy
 
 import pytest
@@ -11,6 +13,7 @@ from support.batches import assert_same
 from support.replay_twin import ReplayTwin, make_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlfeed.nest import leaves
 from rlfeed.replay import Episode, ReplayBuffer, Transition
 from rlfeed.types import Batch
 
@@ -94,9 +97,10 @@ ROUND_TRIPS = {
 
 @pytest.mark.parametrize("trip", ROUND_TRIPS.values(), ids=ROUND_TRIPS)
 @pytest.mark.parametrize("touched", [[], *([name] for name in NAMES), NAMES], ids=["none", *NAMES, "all"])
-def test_batch_field_looked_at_or_not_is_the_same_in_a_copy(batch, trip, touched):
+@pytest.mark.parametrize("plain", [True, False], ids=["numpy", "torch"])
+def test_batch_field_looked_at_or_not_is_the_same_in_a_copy(batch, trip, touched, plain):
     expected = Batch(**{name: getattr(batch, name) for name in NAMES})
-    fresh = Batch.carve(batch._block, batch._layout)
+    fresh = Batch.carve(batch._block, batch._layout, plain=plain)
     for name in touched:
         getattr(fresh, name)
     assert_same(trip(fresh), expected)
@@ -109,17 +113,42 @@ def test_batch_field_looked_at_again_is_the_same_object(batch):
         assert getattr(batch, name) is getattr(batch, name)
 
 
-def test_batch_drawn_makes_no_tensor_before_it_is_looked_at():
-    """The work bound of a sample: one allocation; then one view per dtype and one per tensor looked at."""
+def test_batch_drawn_makes_no_tensor_before_it_is_looked_at(batch):
+    """The work bound of a sample: one allocation; then one tensor per field looked at, once."""
     buffer, twin = ReplayBuffer(SPACE, Discrete(11), capacity=60, storage="private"), ReplayTwin(1, 60)
     buffer.add(make_step(twin, [0], [(False, False)], rewards=[0.0]))
     buffer.sample(5, Transition())
     with TorchCalls() as calls:
         batch = buffer.sample(5, Transition())
     assert calls.names == ["empty"]
+    elsewhere = Batch.carve(batch._block, batch._layout)
     with TorchCalls() as calls:
-        assert batch.reward.shape == batch.discount.shape == batch.reward.shape
+        assert elsewhere.reward.shape == elsewhere.discount.shape == elsewhere.reward.shape
     assert (calls.names.count("view"), calls.names.count("as_strided")) == (1, 2)
+
+
+def test_batch_fields_in_plain_memory_lie_in_the_block_at_their_offsets(batch):
+    begin = batch._block.data_ptr()
+    for slot in batch._layout.slots:
+        tensor = dict(leaves(getattr(batch, slot.name)))[slot.path]
+        assert (tensor.data_ptr() - begin, tensor.shape, tensor.dtype) == (slot.offset, slot.shape, slot.dtype)
+
+
+COMPILED = """
+import torch
+from rlfeed.types import Batch, Layout, Slot
+
+block = torch.arange(64, dtype=torch.float32).view(torch.uint8)
+layout = Layout((Slot("reward", (), torch.float32, (4,), 0), Slot("discount", (), torch.float32, (2, 2), 64)), 256)
+total = torch.compile(lambda batch: batch.reward.sum() + 100 * batch.discount.sum(), backend="eager", fullgraph=True)
+assert total(Batch.carve(block, layout, plain=True)) == 0 + 1 + 2 + 3 + 100 * (16 + 17 + 18 + 19)
+"""
+
+
+@pytest.mark.slow
+def test_batch_not_looked_at_before_can_be_read_by_a_compiled_function():
+    """In a process of its own: the compiler does not follow the type checks of these tests."""
+    subprocess.run([sys.executable, "-c", COMPILED], check=True, timeout=300)
 
 
 class TorchCalls(TorchDispatchMode):
