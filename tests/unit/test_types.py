@@ -96,15 +96,15 @@ ROUND_TRIPS = {
 
 
 @pytest.mark.parametrize("trip", ROUND_TRIPS.values(), ids=ROUND_TRIPS)
-@pytest.mark.parametrize("touched", [[], *([name] for name in NAMES), NAMES], ids=["none", *NAMES, "all"])
 @pytest.mark.parametrize("plain", [True, False], ids=["numpy", "torch"])
-def test_batch_field_looked_at_or_not_is_the_same_in_a_copy(batch, trip, touched, plain):
+def test_batch_field_looked_at_or_not_is_the_same_in_a_copy(batch, trip, plain):
     expected = Batch(**{name: getattr(batch, name) for name in NAMES})
-    fresh = Batch.carve(batch._block, batch._layout, plain=plain)
-    for name in touched:
-        getattr(fresh, name)
-    assert_same(trip(fresh), expected)
-    assert_same(fresh, expected)
+    for touched in ([], *([name] for name in NAMES), NAMES):
+        fresh = Batch.carve(batch._block, batch._layout, plain=plain)
+        for name in touched:
+            getattr(fresh, name)
+        assert_same(trip(fresh), expected)
+        assert_same(fresh, expected)
 
 
 def test_batch_field_looked_at_again_is_the_same_object(batch):
