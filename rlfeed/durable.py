@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -65,10 +65,38 @@ def write_json(path: Path | str, value: Any) -> None:
         OSError: If the disk refuses; what stood at ``path`` is untouched.
     """
     try:
-        text = json.dumps(value, indent=2, allow_nan=False)
+        text = _render(value)
     except (TypeError, ValueError) as error:
         raise FieldError(f"{path}: cannot be written as JSON, {error}; expected plain finite values.") from error
-    write_bytes(path, text.encode() + b"\n")
+    write_bytes(path, text)
+
+
+def write_hashed(path: Path | str, parts: Iterable[bytes | memoryview | np.ndarray]) -> str:
+    """Write a new file into a directory that is being built, and hash it on the way.
+
+    Args:
+        path: Where to; no file stands there.
+        parts: Bytes, or uint8 arrays; each is written before the next is asked for.
+
+    Returns:
+        Its SHA-256, for `build_directory`; the file is flushed to the disk.
+
+    Raises:
+        OSError: If the disk refuses.
+    """
+    digest = hashlib.sha256()
+    try:
+        with Path(path).open("xb", buffering=0) as file:
+            for part in parts:
+                view = memoryview(part)
+                digest.update(view)
+                while view:
+                    view = view[file.write(view) :]
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    return digest.hexdigest()
 
 
 def read_json(path: Path | str) -> Any:
@@ -142,12 +170,18 @@ def make_directory(path: Path | str) -> None:
 
 
 @contextmanager
-def build_directory(path: Path | str, info: Mapping[str, Any] | None = None) -> Iterator[Path]:
+def build_directory(
+    path: Path | str, info: Mapping[str, Any] | None = None, digests: Mapping[str, str] | None = None
+) -> Iterator[Path]:
     """Build a directory that appears at once, complete and with a manifest, or not at all.
+
+    A built directory inside is covered by the manifest that it has: nothing is hashed twice.
 
     Args:
         path: Where the directory is to appear; nothing stands there. Missing parents are created.
         info: What `verify_directory` gives back, as JSON can say it; read when the block ends.
+        digests: SHA-256 by name of files that need not be read again: `write_hashed` gave them, or they are links to
+            files of another built directory. Read when the block ends.
 
     Yields:
         A temporary sibling directory to write into.
@@ -164,7 +198,7 @@ def build_directory(path: Path | str, info: Mapping[str, Any] | None = None) -> 
     temporary.mkdir()
     try:
         yield temporary
-        _write_manifest(temporary, dict(info or {}))
+        _write_manifest(temporary, dict(info or {}), digests or {})
         temporary.replace(target)
         _sync(target.parent)
     except BaseException:
@@ -172,11 +206,13 @@ def build_directory(path: Path | str, info: Mapping[str, Any] | None = None) -> 
         raise
 
 
-def verify_directory(path: Path | str) -> dict[str, Any]:
-    """Check every file of a built directory against its manifest.
+def verify_directory(path: Path | str, *, linked: bool = True) -> dict[str, Any]:
+    """Check every file of a built directory, and of those built inside, against its manifest.
 
     Args:
         path: A directory of `build_directory`.
+        linked: Whether to read files again that stand under another name too. Right after building, False spares
+            those that were linked from a directory that was verified when it was built.
 
     Returns:
         The info that it was built with.
@@ -187,6 +223,7 @@ def verify_directory(path: Path | str) -> dict[str, Any]:
     directory = Path(path)
     manifest = read_json(directory / MANIFEST)
     try:
+        text = _render(manifest)
         if manifest["schema"] != SCHEMA:
             raise CheckpointError(
                 f"{directory / MANIFEST}: has schema {manifest['schema']!r}; expected {SCHEMA}. "
@@ -194,13 +231,27 @@ def verify_directory(path: Path | str) -> dict[str, Any]:
             )
         if manifest.pop("sha256") != _digest(manifest):
             raise CheckpointError(f"{directory / MANIFEST}: does not have its checksum; it was changed.")
-        findings = [_damage(directory, name, entry) for name, entry in manifest["files"].items()]
+        findings = [_damage(directory, name, entry, linked) for name, entry in manifest["files"].items()]
         info = dict(manifest["info"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory / MANIFEST}: is not a manifest; expected schema {SCHEMA}.") from error
     if damaged := [finding for finding in findings if finding]:
         raise CheckpointError(f"{directory}: is damaged: {'; '.join(damaged)}.")
+    if (directory / MANIFEST).read_bytes() != text:  # such as another white space: it says the same, but is not the same
+        raise CheckpointError(f"{directory / MANIFEST}: is not as it was written; it was changed.")
     return info
+
+
+def digests_of(path: Path | str) -> dict[str, str]:
+    """Read what a built directory's files are, for another directory that links them.
+
+    Args:
+        path: A directory that `verify_directory` passed.
+
+    Returns:
+        Their SHA-256 by name.
+    """
+    return {name: entry["sha256"] for name, entry in read_json(Path(path) / MANIFEST)["files"].items()}
 
 
 def remove_directory(path: Path | str) -> None:
@@ -246,30 +297,43 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_manifest(directory: Path, info: dict[str, Any]) -> None:
+def _write_manifest(directory: Path, info: dict[str, Any], digests: Mapping[str, str]) -> None:
     files: dict[str, dict[str, Any]] = {}
-    inner = []
-    for entry in sorted(directory.rglob("*")):
-        if entry.is_dir() and not entry.is_symlink():
-            inner.append(entry)
-            continue
-        if entry.is_symlink() or not entry.is_file():
-            raise FieldError(f"{entry}: is not a plain file; expected files and directories only.")
-        with entry.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        files[entry.relative_to(directory).as_posix()] = {"bytes": entry.stat().st_size, "sha256": digest}
-    for entry in inner:
-        _sync(entry)
+    for file in _files(directory):
+        name = file.relative_to(directory).as_posix()
+        digest = digests.get(name)
+        if digest is None:
+            with file.open("rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+                os.fsync(opened.fileno())
+        files[name] = {"bytes": file.stat().st_size, "sha256": digest}
     manifest = {"schema": SCHEMA, "files": files, "info": info}
     write_json(directory / MANIFEST, {**manifest, "sha256": _digest(manifest)})
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    """List the files of a directory and below, but of a directory that was built only its manifest."""
+    for entry in sorted(directory.iterdir()):
+        if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
+            raise FieldError(f"{entry}: is not a plain file; expected files and directories only.")
+        if entry.is_file():
+            yield entry
+        elif (entry / MANIFEST).is_file():
+            yield entry / MANIFEST
+        else:
+            yield from _files(entry)
+            _sync(entry)
+
+
+def _render(value: Any) -> bytes:
+    return json.dumps(value, indent=2, allow_nan=False).encode() + b"\n"
 
 
 def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _damage(directory: Path, name: str, entry: dict[str, Any]) -> str:
+def _damage(directory: Path, name: str, entry: dict[str, Any], linked: bool) -> str:
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         return f"{name} lies outside it"
     file = directory / name
@@ -277,6 +341,14 @@ def _damage(directory: Path, name: str, entry: dict[str, Any]) -> str:
         return f"{name} is missing"
     if (nbytes := file.stat().st_size) != entry["bytes"]:
         return f"{name} has {nbytes} bytes instead of {entry['bytes']}"
+    if not linked and file.stat().st_nlink > 1:
+        return ""
     with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return "" if digest == entry["sha256"] else f"{name} was changed"
+        if hashlib.file_digest(opened, "sha256").hexdigest() != entry["sha256"]:
+            return f"{name} was changed"
+    if file.name == MANIFEST:  # of a directory that was built inside
+        try:
+            verify_directory(file.parent, linked=linked)
+        except CheckpointError as error:
+            return str(error).rstrip(".")
+    return ""

@@ -20,7 +20,7 @@
     ├── StaleReadError         RuntimeError   rows were overwritten faster than they could be read
     ├── FeedTimeoutError       TimeoutError   a wait ran out; names the side that blocks
     ├── WorkerError            RuntimeError   a worker process raised or died
-    ├── CheckpointError        RuntimeError   a checkpoint is missing, damaged or of another run
+    ├── CheckpointError        RuntimeError   a checkpoint is missing, damaged, of another run or could not be written
     └── DivergedError          ArithmeticError  a loss or parameter is no longer finite
 
 Messages read ``where: what is wrong with the value as it was; expected rule. Do this.``
@@ -116,7 +116,7 @@ class WorkerError(RlfeedError, RuntimeError):
 
 
 class CheckpointError(RlfeedError, RuntimeError):
-    """Report a checkpoint that is missing, damaged or of another run."""
+    """Report a checkpoint that is missing, damaged or of another run, or that could not be written."""
 
 
 class DivergedError(RlfeedError, ArithmeticError):

@@ -7,19 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from rlfeed.errors import ConfigError, LaneError, UnsupportedError
+from rlfeed.errors import CheckpointError, ConfigError, LaneError, RlfeedError, UnsupportedError
 from rlfeed.nest import Nest
 from rlfeed.replay import checkpoint
 from rlfeed.replay import kernels as k
 from rlfeed.replay.memory import Kind
-from rlfeed.replay.samplers import Sampler, Uniform, stream_key
+from rlfeed.replay.samplers import Sampler, Uniform, sampler_from_json, sampler_to_json, stream_key
 from rlfeed.replay.storage import Storage
 from rlfeed.replay.unit_sampler import UnitSampler
 from rlfeed.replay.units import Unit
 from rlfeed.replay.writeback import write_back
 from rlfeed.replay.writer import StepWriter
 from rlfeed.specs import from_space
-from rlfeed.types import Batch, Step
+from rlfeed.types import Batch, Stateful, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +110,9 @@ class ReplayBuffer:
     def _bind(self) -> None:
         self._writer = StepWriter(self._storage)
         self._unit_samplers: dict[Unit, UnitSampler] = {}
+        self._parts: dict[str, Stateful] = {}  # what is saved beside the rows
+        self._unclaimed: dict[str, Any] = {}  # and what was loaded of parts that nobody has asked for yet
+        self._saved: checkpoint.Saved | None = None
         self._key = stream_key(self.seed, "sample")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -314,43 +317,70 @@ class ReplayBuffer:
         )
 
     def save(self, directory: str | Path) -> None:
-        """Save everything: rows, heads, counters and draw numbers.
+        """Save everything: rows, heads, counters and draw numbers; other processes may go on writing meanwhile.
+
+        Only rows that are new since the last `save` or `load` are written, where that one's directory (which may have
+        been moved) is still there and on the same disk: the others are hard links. Every directory stands alone.
 
         Args:
             directory: Must not exist; it is there whole afterwards, or not at all.
 
         Raises:
             RunDirectoryError: If it exists.
+            CheckpointError: If it cannot be written; what was saved before is untouched, and the buffer goes on.
         """
-        settings = {"num_envs": self.num_envs, "seed": self.seed, "drawn": self._drawn}
-        checkpoint.save(Path(directory), self._storage, settings)
+        state = {
+            "num_envs": self.num_envs,
+            "seed": self.seed,
+            "drawn": self._drawn,
+            "sampler": sampler_to_json(self.sampler),
+            "parts": self._unclaimed | {name: part.state_dict() for name, part in self._parts.items()},
+        }
+        try:
+            self._saved = checkpoint.save(Path(directory), self._storage, state, self._saved)
+        except RlfeedError:
+            raise
+        except OSError as error:
+            raise CheckpointError(
+                f"ReplayBuffer.save: {directory} could not be written ({error}); expected a disk with room for what "
+                "is new. Nothing was lost: make room and save again."
+            ) from error
 
     @classmethod
-    def load(cls, directory: str | Path) -> "ReplayBuffer":
-        """Restore what `save` wrote; open episodes stay open.
+    def load(cls, directory: str | Path, *, observation_space: Any = None, action_space: Any = None) -> "ReplayBuffer":
+        """Restore what `save` wrote; open episodes stay open, lanes belong to nobody.
 
         Args:
             directory: What `save` wrote.
+            observation_space: What will be stored; None takes what was saved.
+            action_space: What will be stored; None takes what was saved.
 
         Returns:
             The buffer; its next batches are those that the saved one would have given.
 
         Raises:
-            CheckpointError: If it is missing, damaged or of another version.
+            CheckpointError: If it is missing, damaged, of another version or of other spaces.
             CapacityError: If it does not fit here.
         """
-        storage, settings = checkpoint.load(Path(directory))
+        spaces = {"observation": observation_space, "action": action_space}
+        expected = {name: from_space(space, name) for name, space in spaces.items() if space is not None}
+        storage, state, saved = checkpoint.load(Path(directory), expected)
         buffer = cls.__new__(cls)
-        buffer.__setstate__(
-            {
-                "num_envs": settings["num_envs"],
-                "seed": settings["seed"],
-                "sampler": Uniform(),
-                "_storage": storage,
-            }
-        )
-        buffer._drawn = settings["drawn"]
+        try:
+            sampler = sampler_from_json(state["sampler"])
+            buffer.__setstate__(
+                {"num_envs": state["num_envs"], "seed": state["seed"], "sampler": sampler, "_storage": storage}
+            )
+            buffer._drawn, buffer._unclaimed, buffer._saved = state["drawn"], dict(state["parts"]), saved
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{directory}: is not the state of a buffer, {error!r}.") from error
         return buffer
+
+    def _keep(self, name: str, part: Stateful) -> None:
+        """Save a part's state with the buffer from now on; in a loaded buffer it takes back what was saved."""
+        if name in self._unclaimed:
+            part.load_state_dict(self._unclaimed.pop(name))
+        self._parts[name] = part
 
 
 def _check_config(

@@ -1,7 +1,7 @@
 """Samplers say which index is drawn; one per buffer."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -68,6 +68,43 @@ class Hindsight:
 
 
 Sampler = Uniform | Prioritized | Recent | Mixture
+
+
+def sampler_to_json(sampler: Sampler) -> dict[str, Any]:
+    """Say a sampler in JSON.
+
+    Args:
+        sampler: Any of them.
+
+    Returns:
+        Its name and its settings.
+    """
+    if isinstance(sampler, Mixture):
+        return {"name": "Mixture", "samplers": [[sampler_to_json(s), share] for s, share in sampler.samplers.items()]}
+    return {"name": type(sampler).__name__, **asdict(sampler)}
+
+
+def sampler_from_json(value: dict[str, Any]) -> Sampler:
+    """Read what `sampler_to_json` gave.
+
+    Args:
+        value: A name and settings.
+
+    Returns:
+        The sampler.
+
+    Raises:
+        KeyError: If there is no sampler of that name.
+        TypeError: If the settings are not its.
+    """
+    if value["name"] == "Mixture":
+        return Mixture({_plain_sampler(part): share for part, share in value["samplers"]})
+    return _plain_sampler(value)
+
+
+def _plain_sampler(value: dict[str, Any]) -> Uniform | Prioritized | Recent:
+    settings = dict(value)
+    return {kind.__name__: kind for kind in (Uniform, Prioritized, Recent)}[settings.pop("name")](**settings)
 
 
 def stream_key(seed: int, stream: Stream, rank: int = 0, turn: int = 0) -> int:

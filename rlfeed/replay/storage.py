@@ -54,6 +54,23 @@ class Column:
     inside: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Say where what belongs to rows lies, lane after lane: what a checkpoint saves of new rows.
+
+    Args:
+        offset: Bytes from the start of the segment to the first lane.
+        pitch: Bytes of one place.
+        places: Places of a lane, a ring.
+        every: Absolute rows to a place.
+    """
+
+    offset: int
+    pitch: int
+    places: int
+    every: int = 1
+
+
 class Storage:
     """Lay out lanes of rows in a segment and give kernels their plan.
 
@@ -121,13 +138,16 @@ class Storage:
             inside += spec.nbytes
         self.stride = _aligned(inside, 8)
         columns = [Column(name, path, spec, offset + at, self.stride) for name, path, spec, at in placed]
+        sections = [Section(offset, self.stride, self.rows)]
         offset += self.lanes * self.rows * self.stride
-        self.columns_offset = offset
         for name, path, spec in (*large, *sparse):
             offset = _aligned(offset, 4096)
             step = every if name == "carry" else 1
+            places = self.carry_entries if step > 1 else self.rows
             columns.append(Column(name, path, spec, offset, spec.nbytes, step))
-            offset += self.lanes * (self.carry_entries if step > 1 else self.rows) * spec.nbytes
+            sections.append(Section(offset, spec.nbytes, places, step))
+            offset += self.lanes * places * spec.nbytes
+        self.sections = tuple(sections)
         self.head_bytes = head_bytes
         self.nbytes = _aligned(offset, 4096)
         self.columns = tuple(self._overlay(columns))
@@ -243,32 +263,38 @@ class Storage:
         """
         return self.memory.bytes[begin * 8 : end * 8].view(np.int64)
 
-    def parts(self, lane: int, rows: int) -> dict[str, np.ndarray]:
-        """View what a lane holds, piece by piece: directory, records, large columns, and whole: sparse carries, overlay.
+    def pieces(self, section: Section, lane: int, begin: int, end: int) -> list[np.ndarray]:
+        """View what a section holds of some rows of a lane.
 
         Args:
+            section: Which.
             lane: Which.
-            rows: How many physical rows, from the first.
+            begin: The first absolute row.
+            end: Behind the last, <= begin + rows.
 
         Returns:
-            uint8 (directory: uint32) arrays on the live memory, by name.
+            uint8 arrays on the live memory, oldest row first: two where the lane's end lies between.
         """
-        data, total = self.memory.bytes, self.lanes * self.rows
-        directory = data[self.directory_offset :][: self.lanes * self.entries * 4].view(np.uint32)
-        records = data[self.records_offset :][: total * self.stride].reshape(self.lanes, -1)
-        out = {
-            "directory": directory.reshape(self.lanes, self.entries)[lane],
-            "records": records[lane, : rows * self.stride],
-        }
-        entries = self.lanes * self.carry_entries
-        for index, column in enumerate(self.columns):
-            if column.offset >= self.columns_offset:
-                count = total if column.every == 1 else entries
-                whole = data[column.offset :][: count * column.pitch].reshape(self.lanes, -1)
-                out[f"column{index}"] = whole[lane, : rows * column.pitch] if column.every == 1 else whole[lane]
-        if self.words(k.WRITTEN_BACK, k.WRITTEN_BACK + 1)[0]:
-            out["overlay"] = data[self.nbytes :][: entries * self.overlay_pitch].reshape(self.lanes, -1)[lane]
-        return out
+        first = begin // section.every
+        count = -(-end // section.every) - first if end > begin else 0
+        start, base = first % section.places, lane * section.places
+        before = min(count, section.places - start)
+        spans = ((base + start, base + start + before), (base, base + count - before))
+        data = self.memory.bytes[section.offset :]
+        return [data[a * section.pitch : b * section.pitch] for a, b in spans if b > a]
+
+
+    def overlay(self) -> np.ndarray | None:
+        """View the carries that were written back.
+
+        Returns:
+            ``[lanes * carry_entries, overlay_pitch // 8]`` int64 on the live memory: the version, the row plus 1, the
+            leaves; None where none was.
+        """
+        if not self.words(k.WRITTEN_BACK, k.WRITTEN_BACK + 1)[0]:
+            return None
+        nbytes = self.lanes * self.carry_entries * self.overlay_pitch
+        return self.memory.bytes[self.nbytes :][:nbytes].view(np.int64).reshape(-1, self.overlay_pitch // 8)
 
 
 def _aligned(offset: int, alignment: int) -> int:

@@ -110,7 +110,7 @@ class Checkpoints:
                 save_state(building / f"{name}.state", state)
             for name, write in (directories or {}).items():
                 write(building / name)
-        verify_directory(target)  # nothing older goes, and nothing is reported, before the new one reads back
+        verify_directory(target, linked=False)  # nothing older goes, nothing is reported, before it reads back
         write_bytes(self.directory / LATEST, f"{target.name}\n".encode())
         for old in self.paths()[: -self.keep]:
             remove_directory(old)

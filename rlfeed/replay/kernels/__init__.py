@@ -12,10 +12,12 @@ the GIL. Each has a slow and obvious twin in the tests.
     windows  rows to padded windows of steps
     write    steps to rows
     writeback  what the learner rewrites
+    restore  heads to a checkpoint and back
 """
 
 from rlfeed.replay.kernels.draw import draw_episodes, draw_steps
 from rlfeed.replay.kernels.gather import gather_transitions
+from rlfeed.replay.kernels.restore import reserved_head, restore_heads, snapshot_heads
 from rlfeed.replay.kernels.rows import (
     BASE,
     CARRY_ENTRIES,
@@ -119,7 +121,10 @@ __all__ = [
     "draw_steps",
     "gather_transitions",
     "gather_windows",
+    "reserved_head",
     "resolve_windows",
+    "restore_heads",
+    "snapshot_heads",
     "write_back",
     "write_step",
 ]

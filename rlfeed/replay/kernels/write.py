@@ -118,7 +118,8 @@ def write_step(
         row = np.int64(-1)
         if not gone:
             row = head if opens else head - 1
-            store_release(plan[RESERVED] + lane * 8, row + 2)
+            # Never back: rows that a writer was killed over, or that a checkpoint lost, stay given up.
+            store_release(plan[RESERVED] + lane * 8, max(row + 2, load_acquire(plan[RESERVED] + lane * 8)))
         ids[i] = row
     fence()
     for i in range(count):

@@ -219,37 +219,6 @@ def test_sample_episode_longer_than_max_length_is_an_error():
         buffer.sample(1, Episode(max_length=4))
 
 
-def test_save_load_next_batches_are_identical(tmp_path):
-    buffer, twin = filled(steps=57)
-    buffer.sample(5, Transition())
-    buffer.save(tmp_path / "replay")
-    loaded = ReplayBuffer.load(tmp_path / "replay")
-    assert loaded.stats() == buffer.stats()
-    for i in range(40):
-        for unit in (Transition(n_step=3), Episode(), Sequence(2, burn_in=1)):
-            expected, batch = buffer.sample(8, unit), loaded.sample(8, unit)
-            assert_same(batch, expected)
-        step = make_step(twin, [0, 1], [(i % 7 == 6, False)] * 2, rewards=[1.0, 2.0])
-        assert np.array_equal(buffer.add(step), loaded.add(step))
-
-
-def test_load_damaged_file_is_refused_by_name(tmp_path):
-    buffer, _ = filled()
-    buffer.save(tmp_path / "replay")
-    target = tmp_path / "replay" / "lane-000001"
-    data = bytearray(target.read_bytes())
-    data[len(data) // 2] ^= 1
-    target.write_bytes(data)
-    with pytest.raises(errors.CheckpointError, match="lane-000001"):
-        ReplayBuffer.load(tmp_path / "replay")
-
-
-def test_save_existing_directory_is_refused(tmp_path):
-    buffer, _ = filled()
-    with pytest.raises(errors.RunDirectoryError):
-        buffer.save(tmp_path)
-
-
 def test_private_storage_refuses_another_process():
     with pytest.raises(errors.UnsupportedError, match="storage='private' cannot be sent"):
         pickle.dumps(line_buffer())

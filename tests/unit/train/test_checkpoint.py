@@ -58,7 +58,7 @@ def test_save_orders_by_step_beyond_twelve_digits(checkpoints):
 
 
 def test_save_disk_refuses_keeps_the_checkpoints_before(checkpoints):
-    def refuse(path):
+    def refuse(path, **_):
         raise OSError(28, "No space left on device")
 
     save(checkpoints, 10)
@@ -98,7 +98,7 @@ def test_save_that_does_not_read_back_removes_nothing_older(checkpoints, monkeyp
     save(checkpoints, 10)
     save(checkpoints, 20)
 
-    def refuse(path):
+    def refuse(path, **_):
         raise CheckpointError(f"{path}: is damaged")
 
     monkeypatch.setattr("rlfeed.train.checkpoint.verify_directory", refuse)
