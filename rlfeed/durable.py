@@ -88,7 +88,7 @@ def write_hashed(path: Path | str, parts: Iterable[bytes | memoryview | np.ndarr
     try:
         with Path(path).open("xb", buffering=0) as file:
             for part in parts:
-                view = memoryview(part)
+                view = part.data if isinstance(part, np.ndarray) else memoryview(part)
                 digest.update(view)
                 while view:
                     view = view[file.write(view) :]
@@ -237,7 +237,7 @@ def verify_directory(path: Path | str, *, linked: bool = True) -> dict[str, Any]
         raise CheckpointError(f"{directory / MANIFEST}: is not a manifest; expected schema {SCHEMA}.") from error
     if damaged := [finding for finding in findings if finding]:
         raise CheckpointError(f"{directory}: is damaged: {'; '.join(damaged)}.")
-    if (directory / MANIFEST).read_bytes() != text:  # such as another white space: it says the same, but is not the same
+    if (directory / MANIFEST).read_bytes() != text:  # it says the same in other words
         raise CheckpointError(f"{directory / MANIFEST}: is not as it was written; it was changed.")
     return info
 

@@ -143,7 +143,7 @@ def read_rows(path: Path, storage: Storage, spans: np.ndarray) -> None:
         for lane, (begin, end) in enumerate(spans.T.tolist()):
             for section in storage.sections:
                 for piece in storage.pieces(section, lane, begin, end):
-                    view = memoryview(piece)
+                    view = piece.data
                     while view:
                         count = file.readinto(view)
                         if not count:

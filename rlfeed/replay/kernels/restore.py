@@ -46,11 +46,11 @@ def snapshot_heads(plan: np.ndarray, out: np.ndarray) -> None:
             rows: their count runs ahead of the head, and the next episode takes the ordinal of one that never was.
     """
     for lane in range(plan[LANES]):
+        head, reserved, episodes, steps = np.int64(0), np.int64(0), np.int64(0), np.int64(0)
         for _ in range(TRIES):
             reserved = load_acquire(plan[RESERVED] + lane * 8)
             head = load_acquire(plan[COMMITTED] + lane * 8)
             steps = load_acquire(plan[STEPS] + lane * 8)
-            episodes = np.int64(0)
             if head > 0:
                 episodes = full_ordinal(plan, lane, record_of(plan, lane, head - 1)) + 1
             fence()

@@ -157,7 +157,7 @@ def test_save_what_is_new_is_written_and_the_rest_linked(tmp_path):
     driver.go_on(10)
     driver.buffer.save(tmp_path / "delta")
     assert row_files(tmp_path / "delta") == ["rows-000000", "rows-000001"]
-    assert os.path.samefile(tmp_path / "full" / "rows-000000", tmp_path / "delta" / "rows-000000")
+    assert (tmp_path / "full" / "rows-000000").samefile(tmp_path / "delta" / "rows-000000")
     assert new_bytes(tmp_path / "delta") < 0.05 * full
     shutil.rmtree(tmp_path / "full")  # every directory stands alone
     assert_holds(ReplayBuffer.load(tmp_path / "delta"), driver.twin)
@@ -170,7 +170,7 @@ def test_save_after_load_goes_on_from_what_was_loaded(tmp_path):
     driver.buffer = ReplayBuffer.load(tmp_path / "0")
     driver.go_on(5)
     driver.buffer.save(tmp_path / "1")
-    assert os.path.samefile(tmp_path / "0" / "rows-000000", tmp_path / "1" / "rows-000000")
+    assert (tmp_path / "0" / "rows-000000").samefile(tmp_path / "1" / "rows-000000")
     assert_holds(ReplayBuffer.load(tmp_path / "1"), driver.twin)
 
 
@@ -235,7 +235,7 @@ def test_save_a_buffer_sent_to_another_process_starts_with_everything(tmp_path):
     twin.__setstate__(driver.buffer.__getstate__())
     twin.save(tmp_path / "1")
     assert row_files(tmp_path / "1") == ["rows-000000"]
-    assert not os.path.samefile(tmp_path / "0" / "rows-000000", tmp_path / "1" / "rows-000000")
+    assert not (tmp_path / "0" / "rows-000000").samefile(tmp_path / "1" / "rows-000000")
 
 
 def test_load_a_lane_that_was_open_goes_on_and_one_that_was_cut_does_not(tmp_path):
@@ -364,7 +364,7 @@ def test_load_rows_that_do_not_continue_each_other_are_refused(tmp_path):
     pieces = driver.buffer._storage.pieces(driver.buffer._storage.sections[0], 0, 7, 8)
     pieces[0][4] ^= 8  # whether the row begins an episode
     driver.buffer.save(tmp_path / "saved")
-    with pytest.raises(CheckpointError, match="row [78] of lane 0 does not continue the one before"):
+    with pytest.raises(CheckpointError, match=r"row [78] of lane 0 does not continue the one before"):
         ReplayBuffer.load(tmp_path / "saved")
 
 
@@ -373,7 +373,7 @@ def test_load_with_other_spaces_says_both(tmp_path):
     driver.go_on(5)
     driver.buffer.save(tmp_path / "saved")
     assert len(ReplayBuffer.load(tmp_path / "saved", observation_space=SPACE, action_space=Discrete(11)))
-    with pytest.raises(CheckpointError, match=r"other spaces: .*vector.*float32 \(3,\).*expected observation int64 \(\)"):
+    with pytest.raises(CheckpointError, match=r"spaces: .* float32 \(3,\), .*; expected observation int64 \(\)"):
         ReplayBuffer.load(tmp_path / "saved", observation_space=Discrete(3))
     with pytest.raises(CheckpointError, match=r"action int64 \(\); expected action float32 \(2,\)"):
         ReplayBuffer.load(tmp_path / "saved", action_space=Box(-1, 1, (2,), np.float32))
@@ -402,7 +402,7 @@ def test_save_full_disk_is_an_error_and_the_next_save_works(tmp_path):
             driver.buffer.save(tmp_path / "1")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(os.listdir(tmp_path)) == ["0"]
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
     ReplayBuffer.load(tmp_path / "0")
     driver.go_on(10)
     driver.buffer.save(tmp_path / "1")
@@ -476,8 +476,8 @@ def test_load_takes_the_memory_of_one_buffer(tmp_path):
     buffer = ReplayBuffer(Box(-1, 1, (1000,)), Discrete(2), capacity=20_000)
     observation, no = np.zeros((1, 1000), np.float32), np.array([False])
     for i in range(19_999):
-        step = Step(observation, np.array([0]), np.zeros(1, np.float32), observation, no, no, is_first=np.array([i == 0]))
-        buffer.add(step)
+        action, reward, first = np.array([0]), np.zeros(1, np.float32), np.array([i == 0])
+        buffer.add(Step(observation, action, reward, observation, no, no, is_first=first))
     buffer.save(tmp_path / "saved")
     done = subprocess.run(
         [sys.executable, "-c", LOAD_AND_MEASURE, tmp_path / "saved"],
