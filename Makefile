@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt \
 	--config-settings editable_mode=compat
 
-.PHONY: help train test test-slow lint tensorboard benchmark clean
+.PHONY: help train test test-slow lint tensorboard benchmark peers clean
 
 help:
 	@echo "make train [ARGS=...]      train DQN on CartPole-v1, or what ARGS says: ARGS=\"dqn --env.id Acrobot-v1\""
@@ -20,6 +20,7 @@ help:
 	@echo "make lint                  ruff and pyright"
 	@echo "make tensorboard           show the curves of all runs"
 	@echo "make benchmark [ARGS=...]  measure the data path on this machine"
+	@echo "make peers                 install the libraries that make benchmark compares with"
 	@echo "make clean                 remove the environment and caches; runs stay"
 
 train: $(VENV)/cli.stamp
@@ -41,6 +42,8 @@ tensorboard: $(VENV)/cli.stamp
 benchmark: $(VENV)/cli.stamp
 	$(BIN)/python scripts/benchmark.py $(ARGS)
 
+peers: $(VENV)/bench.stamp
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -58,4 +61,8 @@ $(VENV)/cli.stamp: $(VENV)/created.stamp pyproject.toml constraints.txt
 
 $(VENV)/dev.stamp: $(VENV)/created.stamp pyproject.toml constraints.txt
 	$(INSTALL) -e ".[dev]"
+	@touch $@
+
+$(VENV)/bench.stamp: $(VENV)/created.stamp pyproject.toml constraints.txt
+	$(INSTALL) -e ".[cli,bench]"
 	@touch $@

@@ -1,143 +1,282 @@
-"""Measure rlfeed beside the barest code that moves the same bytes, in alternating rounds of one run.
+"""Measure rlfeed beside the barest code that moves the same bytes, and beside every peer that is installed.
 
-    python scripts/benchmark.py               everything
-    python scripts/benchmark.py replay        sampling and inserting
-    python scripts/benchmark.py feed          the plain DataLoader, by handles and by samples
+    python scripts/benchmark.py                    everything
+    python scripts/benchmark.py replay             a replay buffer's work; peers: pip install -e ".[bench]"
+    python scripts/benchmark.py uniform insert     some of it
+    python scripts/benchmark.py feed               the plain DataLoader, by handles and by samples
 
-Times are medians of rounds, in microseconds a call, on one thread. The machine's speed drifts: compare ratios.
+All contestants work in one process, on one thread, in alternating rounds. Times are medians of rounds, in microseconds
+of the processor ("feed": of the wall clock) a call. The machine's speed drifts, so ratios are taken round by round:
+2.00 under "best peer is" means that the best peer takes twice as long.
 """
 
 import argparse
+import gc
+import itertools
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
 
-import numpy as np
 import torch
-from gymnasium.spaces import Box
+from contest import Case, Contest, ratio
+from contestants import Bare, Contestant, Draw, NotServedError, Rlfeed
+from peers import PEERS
 from torch.utils.data import DataLoader
+from workloads import (
+    WrongSampleError,
+    check_padded,
+    check_pixels,
+    check_transitions,
+    make_movie,
+    make_steps,
+    make_stream,
+)
 
+from rlfeed.errors import UnsupportedError
 from rlfeed.feed import ReplayDataset, pad_collate
-from rlfeed.replay import Episode, ReplayBuffer, Sequence, Transition
+from rlfeed.replay import ReplayBuffer, Transition
 from rlfeed.types import Batch, Step
 
-ROUNDS = 9
 ROWS = 1_000_000
+LONGEST = 200
+T = TypeVar("T")
 
 
-def measure(title: str, cases: dict[str, Callable[[], object]], calls: int) -> None:
-    """Time several cases in alternating rounds and print a table.
+class ReplayBenchmark:
+    """Let everybody who is installed do the work of a replay buffer.
 
     Args:
-        title: The work.
-        cases: What to call, by name; ratios are to the first.
-        calls: Calls per round.
+        contest: Times it.
+        rows: Steps held where rows are small; the other sizes follow from it.
     """
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for call in cases.values():
-        call()
-    for _ in range(ROUNDS):
-        for name, call in cases.items():
-            begin = time.perf_counter()
-            for _ in range(calls):
-                call()
-            times[name].append((time.perf_counter() - begin) / calls * 1e6)
-    base = statistics.median(next(iter(times.values())))
-    print(f"\n{title}\n{'':44}{'median us':>10}{'min':>10}{'ratio':>8}")
-    for name, values in times.items():
-        median = statistics.median(values)
-        print(f"  {name:42}{median:10.1f}{min(values):10.1f}{median / base:8.2f}")
 
+    def __init__(self, contest: Contest, rows: int) -> None:
+        self._contest, self._rows = contest, rows
+        self._contestants: list[Contestant] = [Bare(), Rlfeed()]
+        self._absent: dict[str, str] = {}
+        for peer in PEERS:
+            try:
+                self._contestants.append(peer())
+            except ImportError:
+                self._absent[peer.name] = "not installed"
 
-def steps(count: int, num_envs: int, length: int) -> Iterator[Step]:
-    """Make steps of 17 floats and 6 actions; the episodes are ``length`` steps long."""
-    generator = np.random.default_rng(0)
-    data = generator.standard_normal((64, num_envs, 17), dtype=np.float32)
-    actions = generator.standard_normal((64, num_envs, 6), dtype=np.float32)
-    rewards, no, yes = np.ones(num_envs, np.float32), np.zeros(num_envs, bool), np.ones(num_envs, bool)
-    for i in range(count):
-        first, last = (yes if i % length == 0 else no), (yes if i % length == length - 1 else no)
-        yield Step(data[i % 64], actions[i % 64], rewards, data[(i + 1) % 64], last, no, is_first=first)
+    def _prepare(
+        self, work: Callable[[Contestant], T], check: Callable[[T], object]
+    ) -> tuple[dict[str, T], dict[str, str]]:
+        """Let everybody prepare and give five samples; who cannot, or gives wrong ones, takes no part and says why."""
+        ready, notes = {}, dict(self._absent)
+        for contestant in self._contestants:
+            name = contestant.name
+            try:
+                prepared = work(contestant)
+                for _ in range(5 if name != Bare.name else 0):
+                    check(prepared)
+            except (NotServedError, UnsupportedError) as reason:
+                notes[name] = f"not served: {reason}"
+            except WrongSampleError as reason:
+                notes[name] = f"gives something else: {reason}"
+            else:
+                ready[name] = prepared
+        return ready, notes
 
+    def _cases(self, calls: dict[str, Callable[[], object]], per: int = 1) -> dict[str, Case]:
+        peers = {peer.name for peer in PEERS}
+        return {name: Case(call, per=per, peer=name in peers) for name, call in calls.items()}
 
-def filled(rows: int, num_envs: int, length: int) -> ReplayBuffer:
-    """Fill a buffer to the brim."""
-    space = Box(-np.inf, np.inf, (17,), np.float32)
-    buffer = ReplayBuffer(space, Box(-1, 1, (6,), np.float32), capacity=rows, num_envs=num_envs)
-    for step in steps(rows // num_envs, num_envs, length):
-        buffer.add(step)
-    return buffer
+    def _draws(self, draws: dict[str, Draw], count: int) -> dict[str, Case]:
+        return self._cases({name: lambda d=draw: d(count) for name, draw in draws.items()})
 
+    def uniform(self) -> None:
+        """Draw transitions with successors uniformly."""
+        stream = make_stream(self._rows)
+        draws, notes = self._prepare(lambda c: c.uniform(stream), lambda draw: check_transitions(draw(256), 256))
+        buffer = Rlfeed().hold(stream, self._rows)
+        sampler, numbers = buffer.unit_sampler(Transition()), itertools.count()
+        for count in (256, 4096):
+            batch = buffer.sample(count, Transition())
+            own = {
+                "rlfeed, n_step=3": lambda n=count: buffer.sample(n, Transition(n_step=3)),
+                "rlfeed, its draws alone": lambda n=count: sampler.draw(1, next(numbers) * n, n),
+                "rlfeed, its block shown as tensors, alone": lambda b=batch: tensors_of(b),
+            }
+            title = f"uniform {count} transitions with successors of {self._rows:,}: 17 floats, 6 actions"
+            self._contest.measure(title, self._draws(draws, count) | self._cases(own), notes)
 
-def bare_gather(batch_size: int) -> Callable[[], object]:
-    """Give the barest equivalent: numbers from NumPy, one take of two packed rows each, no contract at all."""
-    rows = np.zeros((ROWS, 52), np.float32)
-    rows[:] = np.arange(ROWS, dtype=np.float32)[:, None]
-    out = np.empty((batch_size, 52), np.float32)
-    generator = np.random.default_rng(0)
-    return lambda: np.take(rows, generator.integers(0, ROWS, batch_size), axis=0, out=out, mode="clip")
-
-
-def replay() -> None:
-    """Measure sampling and inserting."""
-    buffer = filled(ROWS, 8, 1000)
-    unit = Transition()
-    for batch_size, calls in ((256, 400), (4096, 40)):
-        batch = buffer.sample(batch_size, unit)
-        sampler, block, layout = buffer.unit_sampler(unit), batch._block, batch._layout
-        measure(
-            f"uniform {batch_size} transitions with successors, {ROWS:,} rows of 17 floats and 6 actions",
-            {
-                "numpy.take of packed pairs, nothing else": bare_gather(batch_size),
-                "  its draws alone": lambda s=sampler, n=batch_size: s.draw(1, 0, n),
-                "  the tensors that show its block alone": lambda b=block, c=layout: Batch.carve(b, c),  # pyright: ignore
-                "ReplayBuffer.sample": lambda n=batch_size: buffer.sample(n, unit),
-                "ReplayBuffer.sample, n_step=3": lambda n=batch_size: buffer.sample(n, Transition(n_step=3)),
-            },
-            calls,
+    def prioritized(self) -> None:
+        """Draw transitions by priority and give them new ones."""
+        stream, generator = make_stream(self._rows), torch.Generator().manual_seed(0)
+        values = list(torch.rand(64, 256, generator=generator) * 2 + 0.01)
+        draws, notes = self._prepare(
+            lambda c: c.prioritized(stream, itertools.cycle(values)), lambda draw: check_transitions(draw(256), 256)
         )
-    windows = filled(200_000, 8, 100)
-    measure(
-        "64 padded windows of up to 100 steps, 200,000 rows",
-        {
-            "Episode()": lambda: windows.sample(64, Episode()),
-            "Sequence(80)": lambda: windows.sample(64, Sequence(80)),
-        },
-        40,
-    )
-    inserts = {}
-    for num_envs in (1, 8, 256):
-        target = filled(num_envs * 1000, num_envs, 100)
-        source = list(steps(100, num_envs, 100))
-        inserts[f"add, {num_envs} environments"] = lambda t=target, s=source: [t.add(step) for step in s]
-    measure("100 inserted steps", inserts, 10)
+        for draw in draws.values():  # spread the priorities before measuring
+            for _ in range(300):
+                draw(256)
+        notes[Bare.name] = "the gather of uniform draws"
+        title = f"prioritized 256 of {self._rows:,}, sample and update"
+        self._contest.measure(title, self._draws(draws, 256), notes)
+
+    def pixels(self) -> None:
+        """Draw stacks of four frames with their successors."""
+        movie, resident = make_movie(max(1, self._rows // 25_000), 500), {}
+
+        def hold(contestant: Contestant) -> Draw:
+            before = resident_bytes()
+            draw = contestant.pixels(movie)
+            grown = resident_bytes() - before
+            large = movie.frames.nbytes > 100e6  # below, the allocator has old memory to give
+            resident[contestant.name] = f"{grown / movie.steps:,.0f} bytes a step" if large else ""
+            return draw
+
+        draws, notes = self._prepare(hold, lambda draw: check_pixels(draw(32), 32))
+        notes = {**{name: resident[name] for name in draws}, **notes, Bare.name: "five neighbouring frames, no stacks"}
+        for count in (32, 256):
+            title = f"{count} stacks of 4 x 84 x 84 with successors, of {movie.steps:,} steps"
+            self._contest.measure(title, self._draws(draws, count), notes)
+
+    def episodes(self) -> None:
+        """Draw whole episodes, padded."""
+        stream = make_stream(self._rows // 5)
+        draws, notes = self._prepare(lambda c: c.episodes(stream), lambda draw: check_padded(draw(64), 64, LONGEST))
+        notes[Bare.name] = f"all {LONGEST} rows of each, nothing cleared"
+        title = f"64 whole episodes of 5 .. {LONGEST} steps, padded, of {len(stream):,} steps"
+        self._contest.measure(title, self._draws(draws, 64), notes)
+
+    def windows(self) -> None:
+        """Draw parts of episodes, padded, with a write between samples."""
+        stream, written = make_stream(self._rows // 5), make_steps(100, 1)
+        pairs, notes = self._prepare(
+            lambda c: c.windows(stream, 80, written), lambda pair: check_padded(pair[0](64), 64, 80)
+        )
+        peers = {peer.name for peer in PEERS}
+        cases = {
+            name: Case(lambda d=draw: d(64), before=write, peer=name in peers) for name, (draw, write) in pairs.items()
+        }
+        notes[Bare.name] = "all 80 rows of each, nothing cleared"
+        title = f"64 sub-sequences of up to 80 steps, padded, of {len(stream):,} steps, a step written before each call"
+        self._contest.measure(title, cases, notes)
+
+    def insert(self) -> None:
+        """Insert steps of 1, 8 and 256 environments."""
+        for num_envs in (1, 8, 256):
+            self._insert(num_envs, max(self._rows // 4, 1000 * num_envs))
+
+    def _insert(self, num_envs: int, capacity: int) -> None:
+        steps = make_steps(100, num_envs)
+        runs, notes = self._prepare(lambda c: c.insert(num_envs, capacity, steps), lambda run: run())
+        add = Rlfeed().empty(num_envs, capacity).add
+
+        def make_and_add() -> None:
+            for s in steps:
+                fields = (s.observation, s.action, s.reward, s.next_observation, s.terminated, s.truncated)
+                add(Step(*fields, is_first=s.is_first))
+
+        title = f"insert a step of {num_envs} environments into {capacity:,} rows"
+        cases = self._cases({**runs, "rlfeed, its Step made as well": make_and_add}, per=len(steps))
+        self._contest.measure(title, cases, notes)
+
+    def growth(self) -> None:
+        """Draw from ever larger buffers."""
+        sizes, cases, stream = (self._rows // 10, self._rows, self._rows * 10), {}, make_stream(self._rows)
+        rlfeed, bare = Rlfeed(lanes=64), Bare()
+        for size in sizes:
+            buffer = rlfeed.hold(stream, size)
+            cases[f"rlfeed, {size:,} rows"] = lambda b=buffer: b.sample(256, Transition()).reward
+        for size in sizes:
+            draw = bare.hold(stream, size)
+            cases[f"{bare.name}, {size:,} rows"] = lambda d=draw: d(256)
+        times = self._contest.measure("uniform 256 transitions, by size", self._cases(cases))
+        for name in (rlfeed.name, bare.name):
+            small, _, large = (times[f"{name}, {size:,} rows"] for size in sizes)
+            grown = statistics.median(large) - statistics.median(small)
+            print(f"  {name}: {ratio(large, small):.2f} times from {sizes[0]:,} to {sizes[2]:,} rows, {grown:.1f} us")
 
 
-def feed() -> None:
-    """Measure the plain DataLoader line."""
-    space = Box(-np.inf, np.inf, (17,), np.float32)
-    buffer = filled(100_000, 1, 100)
+REPLAY = ("uniform", "prioritized", "pixels", "episodes", "windows", "insert", "growth")
 
-    def loader(collate: Callable[..., object] | None, workers: int) -> Callable[[], object]:
+
+def tensors_of(batch: Batch) -> list[object]:
+    """Make all tensors of a batch anew, from its block.
+
+    Args:
+        batch: In one block.
+
+    Returns:
+        The tensors.
+    """
+    block, layout = batch._block, batch._layout
+    if block is None or layout is None:
+        return []
+    shown = Batch.carve(block, layout)
+    return [getattr(shown, slot.name) for slot in layout.slots]
+
+
+def resident_bytes() -> int:
+    """Tell how much memory this process has in use.
+
+    Returns:
+        Bytes; 0 where the system does not say.
+    """
+    gc.collect()
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def feed(contest: Contest) -> None:
+    """Measure the plain DataLoader line.
+
+    Args:
+        contest: Times it.
+    """
+    buffer: ReplayBuffer = Rlfeed(lanes=1).hold(make_stream(100_000), 100_000)
+
+    def loader(collate: Callable[..., object] | None, workers: int) -> Case:
         dataset = ReplayDataset(buffer, Transition())
-        return iter(DataLoader(dataset, batch_size=256, collate_fn=collate, num_workers=workers)).__next__
+        batches = iter(DataLoader(dataset, batch_size=256, collate_fn=collate, num_workers=workers))
+        return Case(batches.__next__, clock=time.perf_counter)  # workers' time counts too
 
     cases = {
         "pad_collate, 0 workers": loader(pad_collate, 0),
         "torch's collate, sample by sample, 0 workers": loader(None, 0),
         "pad_collate, 1 worker": loader(pad_collate, 1),
     }
-    measure(f"DataLoader(ReplayDataset(...), batch_size=256), {space.shape[0]} floats", cases, 20)
+    contest.measure("DataLoader(ReplayDataset(...), batch_size=256), 17 floats, 6 actions", cases)
 
 
-def main() -> None:
-    """Run the benchmarks that were asked for."""
+def main(args: Iterable[str] | None = None) -> None:
+    """Run the benchmarks that were asked for.
+
+    Args:
+        args: The command line; None is this process's.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=["replay", "feed", []], help="default: everything")
-    chosen = parser.parse_args().what or ["replay", "feed"]
+    names = ("replay", *REPLAY, "feed")
+    parser.add_argument("what", nargs="*", metavar="what", help=f"{', '.join(names)}; default: replay feed")
+    parser.add_argument("--rows", type=int, default=ROWS, help="steps held where rows are small")
+    parser.add_argument("--rounds", type=int, default=15, help="alternating rounds")
+    parser.add_argument("--json", type=Path, help="file for the raw rounds")
+    flags = parser.parse_args(None if args is None else list(args))
+    if unknown := sorted(set(flags.what) - set(names)):
+        parser.error(f"{', '.join(unknown)}: no such benchmark; expected some of {', '.join(names)}")
+    wanted = set(flags.what or ("replay", "feed"))
     torch.set_num_threads(1)
-    for name in chosen:
-        {"replay": replay, "feed": feed}[name]()
+    warnings.filterwarnings("ignore", module=r"(torchrl|tensordict|tianshou|cpprb|stable_baselines3)\b")
+    contest = Contest(flags.rounds)
+    if chosen := [name for name in REPLAY if {"replay", name} & wanted]:
+        benchmark = ReplayBenchmark(contest, flags.rows)
+        for name in chosen:
+            getattr(benchmark, name)()
+    if "feed" in wanted:
+        feed(contest)
+    if flags.json is not None:
+        contest.save(flags.json)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,23 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(CHECKOUT / "scripts"))
 
+import benchmark as benchmark_script  # noqa: E402
 import command_line  # noqa: E402
+import contest  # noqa: E402
+import contestants  # noqa: E402
 import evaluate as evaluate_script  # noqa: E402
+import peers  # noqa: E402
 import train as train_script  # noqa: E402
+import workloads  # noqa: E402
 
-__all__ = ["CHECKOUT", "command_line", "evaluate_script", "train_script"]
+__all__ = [
+    "CHECKOUT",
+    "benchmark_script",
+    "command_line",
+    "contest",
+    "contestants",
+    "evaluate_script",
+    "peers",
+    "train_script",
+    "workloads",
+]

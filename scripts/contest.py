@@ -1,0 +1,147 @@
+"""Time contestants side by side: alternating rounds, one table a piece of work, the raw rounds for whoever doubts."""
+
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROUND_S = 0.02
+MOST_CALLS = 2000
+PACKAGES = ("rlfeed", "torch", "numpy", "numba", "cpprb", "tianshou", "stable-baselines3", "torchrl", "tensordict")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Say what to time.
+
+    Args:
+        call: The work.
+        before: What happens before every call, outside the timed part.
+        per: How many pieces of work one call does.
+        peer: Whether another library does it, with which rlfeed compares itself.
+        clock: Seconds: by default of the processor, for this thread alone, because other jobs have their turns.
+    """
+
+    call: Callable[[], object]
+    before: Callable[[], object] | None = None
+    per: int = 1
+    peer: bool = False
+    clock: Callable[[], float] = time.thread_time
+
+    def time_us(self, calls: int) -> float:
+        """Call it and tell how long it took.
+
+        Args:
+            calls: How often.
+
+        Returns:
+            Microseconds for each piece of work.
+        """
+        call, before, clock, spent = self.call, self.before, self.clock, 0.0
+        if before is None:
+            begin = clock()
+            for _ in range(calls):
+                call()
+            spent = clock() - begin
+        else:
+            for _ in range(calls):
+                before()
+                begin = clock()
+                call()
+                spent += clock() - begin
+        return spent / calls / self.per * 1e6
+
+
+def ratio(times: list[float], others: list[float]) -> float:
+    """Compare two cases round by round, so that a machine whose speed drifts tells the same.
+
+    Args:
+        times: Microseconds by round.
+        others: Microseconds by round.
+
+    Returns:
+        Median of times / others.
+    """
+    return statistics.median(mine / other for mine, other in zip(times, others, strict=True))
+
+
+@dataclass
+class Contest:
+    """Run cases and keep what they took.
+
+    Args:
+        rounds: Rounds of each case.
+        tables: Receives the raw rounds of every table.
+    """
+
+    rounds: int = 15
+    tables: list[dict[str, Any]] = field(default_factory=list)
+
+    def measure(
+        self, title: str, cases: dict[str, Case], notes: dict[str, str] | None = None
+    ) -> dict[str, list[float]]:
+        """Time cases in alternating rounds and print a table.
+
+        Args:
+            title: The work.
+            cases: By name; the first is what the others are compared with.
+            notes: What to say about a case, or about who takes no part.
+
+        Returns:
+            Microseconds by case and round.
+        """
+        calls = {name: self._calls(case) for name, case in cases.items()}
+        times: dict[str, list[float]] = {name: [] for name in cases}
+        gc.collect()
+        gc.disable()  # a collection in one case is not that case's work
+        try:
+            for _ in range(self.rounds):
+                for name, case in cases.items():
+                    times[name].append(case.time_us(calls[name]))
+        finally:
+            gc.enable()
+        notes = notes or {}
+        peers = [name for name, case in cases.items() if case.peer]
+        best = min(peers, key=lambda name: statistics.median(times[name]), default=None)
+        self.tables.append({"title": title, "us": times, "best_peer": best, "notes": notes})
+        self._print(title, times, best, notes)
+        return times
+
+    def _calls(self, case: Case) -> int:
+        for _ in range(3):
+            case.time_us(1)
+        return max(1, min(MOST_CALLS, int(ROUND_S * 1e6 / max(case.time_us(1) * case.per, 1.0))))
+
+    def _print(self, title: str, times: dict[str, list[float]], best: str | None, notes: dict[str, str]) -> None:
+        first = next(iter(times))
+        print(f"\n{title}\n{'':44}{'median us':>10}{'min':>10}{'of first':>10}{'best peer is':>14}", flush=True)
+        for name, values in times.items():
+            line = f"  {name:42}{statistics.median(values):10.1f}{min(values):10.1f}{ratio(values, times[first]):10.2f}"
+            line += f"{ratio(times[best], values):14.2f}" if best else f"{'':14}"
+            print(f"{line}  {notes.get(name, '')}".rstrip(), flush=True)
+        for name, note in notes.items():
+            if name not in times:
+                print(f"  {name:42}{note}", flush=True)
+
+    def save(self, path: Path) -> None:
+        """Write the raw rounds.
+
+        Args:
+            path: A JSON file.
+        """
+        versions = {}
+        for name in PACKAGES:
+            try:
+                versions[name] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                versions[name] = "not installed"
+        machine = {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count()}
+        record = {"machine": machine, "python": platform.python_version(), "versions": versions, "tables": self.tables}
+        path.write_text(json.dumps(record, indent=1) + "\n")
