@@ -1,4 +1,8 @@
-"""From rows to transitions: one pass over the rows, dense fields out, and the re-check that nobody overwrote them."""
+"""From rows to transitions: one pass over the rows, dense fields out, and the re-check that nobody overwrote them.
+
+Random rows wait for memory, about 100 ns each. While one block of them is copied, the lines of the next one are asked
+for, evenly between the copies: all at once they would fill the few slots a core has for pending lines, and stall it.
+"""
 # NumPy's integers are ints to numba:
 # pyright: reportArgumentType=false, reportReturnType=false
 
@@ -7,13 +11,14 @@ from numba import njit
 
 from rlfeed.replay.kernels.rows import (
     BASE,
-    BLOCK,
+    CLOSING,
     FLAGS,
     LANE_SHIFT,
     NBYTES,
     OTHER,
     PITCH,
     RECORDS,
+    RESERVED,
     REWARD,
     ROLE,
     ROLE_SUCCESSOR,
@@ -22,14 +27,12 @@ from rlfeed.replay.kernels.rows import (
     STRIDE,
     TERMINATED,
     TRUNCATED,
-    closing_row,
-    is_stale,
-    slot_of,
 )
 from rlfeed.replay.kernels.words import (
     copy_row,
-    fence,
+    fence_loads,
     kernel,
+    load_acquire,
     load_f32,
     load_u8,
     prefetch,
@@ -38,27 +41,78 @@ from rlfeed.replay.kernels.words import (
     store_u8,
 )
 
+BLOCK = 32  # rows at a time: those of two blocks stay in the first cache
+
+
+@njit
+def place_rows(
+    rows: int, ids: np.ndarray, todo: np.ndarray, n_step: int, here: np.ndarray, there: np.ndarray
+) -> None:
+    """Find the places of rows, over all lanes, and those of their successors where no episode ends before.
+
+    The remainder by ``rows`` is taken in float64: a 44-bit row is exact in it, the quotient is off by at most one, and
+    that is a tenth of what an integer division costs.
+    """
+    inverse = 1.0 / np.float64(rows)
+    for i in range(len(todo)):
+        lane, row = ids[todo[i]] >> LANE_SHIFT, ids[todo[i]] & ROW_MASK
+        slot = row - np.int64(np.float64(row) * inverse) * rows
+        slot += rows if slot < 0 else 0
+        slot -= rows if slot >= rows else 0
+        here[i] = lane * rows + slot
+        there[i] = here[i] + n_step - (rows if slot + n_step >= rows else 0)
+
 
 @njit
 def sum_steps(
-    plan: np.ndarray, base: int, slot: int, steps: int, gamma: float, block: int, i: int, out: np.ndarray
-) -> int:
-    """Store what is computed for one transition, and give the slot of the row after its last step."""
-    rows, records, stride, reward = plan[ROWS], plan[RECORDS] + base * plan[STRIDE], plan[STRIDE], plan[REWARD]
+    plan: np.ndarray, base: int, slot: int, most: int, gamma: float
+) -> tuple[int, float, float, int]:
+    """Sum the rewards of up to ``most`` steps of one episode.
+
+    The rows themselves say where it ends: they are needed anyway, and the directory would be one more wait for memory.
+
+    Returns the slot of the row after the last step, the sum, gamma^k, and the last step's flags.
+    """
+    rows, stride, reward = plan[ROWS], plan[STRIDE], plan[REWARD]
+    records = plan[RECORDS] + base * stride
     total, weight, flags = np.float64(0.0), np.float64(1.0), np.uint8(0)
-    for _ in range(steps):
+    for _ in range(most):
         record = records + slot * stride
+        now = load_u8(record + FLAGS)
+        if now & CLOSING:
+            break
+        flags = now
         total += weight * np.float64(load_f32(record + reward))
         weight *= gamma
-        flags = load_u8(record + FLAGS)
         slot = slot + 1 if slot + 1 < rows else 0
+    return slot, total, weight, flags
+
+
+@njit
+def copy_field(
+    field: np.ndarray, block: int, todo: np.ndarray, rows: np.ndarray, upcoming: np.ndarray
+) -> None:
+    """Copy one field of the rows of a block, and ask for the lines of the next block's rows."""
+    base, pitch, nbytes, destination = field[BASE], field[PITCH], field[NBYTES], block + field[OTHER]
+    for i in range(len(rows)):
+        copy_row(destination + todo[i] * nbytes, base + rows[i] * pitch, nbytes)
+        if i < len(upcoming):
+            prefetch(base + upcoming[i] * pitch)
+            prefetch(base + upcoming[i] * pitch + nbytes - 1)
+
+
+@njit
+def store_computed(
+    block: int, out: np.ndarray, i: int, identity: int, total: float, weight: float, flags: int
+) -> None:
+    """Store what is computed for one transition."""
     terminated = flags & TERMINATED != 0
     store_f32(block + out[0] + i * 4, np.float32(total))
     store_u8(block + out[1] + i, np.uint8(terminated))
     store_u8(block + out[2] + i, np.uint8(flags & TRUNCATED != 0))
     store_f32(block + out[3] + i * 4, np.float32(0.0) if terminated else np.float32(weight))
     store_f32(block + out[4] + i * 4, np.float32(1.0))
-    return slot
+    store_i64(block + out[5] + i * 8, identity)
 
 
 @kernel("int64(int64[::1], int64[:, ::1], int64, int64[::1], int64[::1], int64[::1], float64, int64, int64[::1])")
@@ -90,32 +144,37 @@ def gather_transitions(
         How many were overwritten.
     """
     count, rows, records, stride, stale = len(todo), plan[ROWS], plan[RECORDS], plan[STRIDE], 0
-    here, there = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
-    for begin in range(0, count, BLOCK):  # what a block touches stays in the first cache, and is checked at once
-        size = min(BLOCK, count - begin)
+    here, there = np.empty((2, BLOCK), np.int64), np.empty((2, BLOCK), np.int64)
+    size = min(BLOCK, count)
+    place_rows(rows, ids, todo[:size], n_step, here[0], there[0])
+    for i in range(size):
+        for line in range(0, (n_step + 1) * stride, 64):
+            prefetch(records + here[0, i] * stride + line)
+    for begin in range(0, count, BLOCK):
+        half, size = begin // BLOCK & 1, min(BLOCK, count - begin)
+        now, after = todo[begin : begin + size], todo[begin + size : begin + size + BLOCK]
+        at, then = here[half, :size], there[half, :size]
+        next_at, next_then = here[1 - half, : len(after)], there[1 - half, : len(after)]
+        place_rows(rows, ids, after, n_step, next_at, next_then)
         for i in range(size):
-            at = todo[begin + i]
-            store_i64(block + out[5] + at * 8, ids[at])
-            there[i] = slot_of(plan, ids[at] & ROW_MASK)
-            here[i] = (ids[at] >> LANE_SHIFT) * rows + there[i]
-            for line in range(0, (n_step + 1) * stride, 64):
-                prefetch(records + here[i] * stride + line)
-        for i in range(size):
-            at, slot, steps = todo[begin + i], there[i], 1
-            if n_step > 1:
-                lane, row, limit = ids[at] >> LANE_SHIFT, ids[at] & ROW_MASK, limits[at]
-                steps = max(1, min(n_step, min(closing_row(plan, lane, row, limit), limit - 1) - row))
-            base = here[i] - slot
-            there[i] = base + sum_steps(plan, base, slot, steps, gamma, block, at, out)
+            identity = ids[now[i]]
+            base = (identity >> LANE_SHIFT) * rows
+            most = min(n_step, limits[now[i]] - 1 - (identity & ROW_MASK))
+            slot, total, weight, flags = sum_steps(plan, base, at[i] - base, most, gamma)
+            then[i] = base + slot
+            store_computed(block, out, now[i], identity, total, weight, flags)
+            if i < len(after):
+                for step in range(n_step):
+                    prefetch(records + (next_at[i] + step) * stride)
         for f in range(fields.shape[0]):
-            base, pitch, nbytes = fields[f, BASE], fields[f, PITCH], fields[f, NBYTES]
-            index = there if fields[f, ROLE] == ROLE_SUCCESSOR else here
-            for i in range(size):
-                copy_row(block + fields[f, OTHER] + todo[begin + i] * nbytes, base + index[i] * pitch, nbytes)
-        fence()
+            if fields[f, ROLE] == ROLE_SUCCESSOR:
+                copy_field(fields[f], block, now, then, next_then)
+            else:
+                copy_field(fields[f], block, now, at, next_at)
+        fence_loads()
         for i in range(size):
-            at = todo[begin + i]
-            if is_stale(plan, ids[at] >> LANE_SHIFT, ids[at] & ROW_MASK):
-                todo[stale] = at
+            identity = ids[now[i]]
+            if identity & ROW_MASK < load_acquire(plan[RESERVED] + (identity >> LANE_SHIFT) * 8) - rows:
+                todo[stale] = now[i]
                 stale += 1
     return stale

@@ -30,7 +30,6 @@ LANE_SHIFT = 44
 ROW_MASK = (1 << LANE_SHIFT) - 1
 TRIES = 64
 MOST_TRIES = 1 << 15  # a repeated draw's attempts begin at the next multiple of 2^16
-BLOCK = 64
 NO_START = -1
 FAR = 1 << 62
 

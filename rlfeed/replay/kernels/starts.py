@@ -56,7 +56,7 @@ def starts_here(plan: np.ndarray, rule: np.ndarray, lane: int, row: int, limit: 
     if rule[CROSS]:
         if row + need >= limit or index_of(record) % grid != 0:
             return False
-    elif need > 1 or grid > 1 or rule[ENDED]:
+    elif row + need >= limit or rule[STRICT] or grid > 1 or rule[ENDED]:  # else steps or an end are there, whichever
         end = closing_row(plan, lane, row, limit)
         if end == FAR:
             if rule[ENDED] or row + need >= limit or index_of(record) % grid != 0:

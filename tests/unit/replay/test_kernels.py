@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from numba import njit
 
-from rlfeed.replay.kernels import draw, words
+from rlfeed.replay.kernels import draw, gather, words
+from rlfeed.replay.kernels import rows as rows_of
 
 
 @njit
@@ -63,3 +64,22 @@ def test_lane_of_every_index_equals_linear_search(counts):
     upto = np.cumsum(counts)
     expected = [lane for lane, count in enumerate(counts) for _ in range(count)]
     assert [lane_of(upto, i) for i in range(upto[-1])] == expected
+
+
+@njit
+def place(rows, ids, todo, n_step, here, there):
+    gather.place_rows(rows, ids, todo, n_step, here, there)
+
+
+@pytest.mark.parametrize("rows", [4, 7, 1000, 125_001, 2**31 + 11])
+@pytest.mark.parametrize("n_step", [1, 3])
+def test_place_rows_any_row_of_44_bits_is_the_remainder(rows, n_step):
+    """The remainder is taken in floating point; multiples of the lane's length and their neighbours are its edges."""
+    generator = np.random.default_rng(rows)
+    turns = [0, 1, 2, 3, (2**44 - 3) // rows, *map(int, generator.integers(0, (2**44 - 2) // rows, 300))]
+    absolute = [turn * rows + near for turn in turns for near in (-1, 0, 1) if 0 <= turn * rows + near < 2**44]
+    ids = np.array([(5 << rows_of.LANE_SHIFT) | row for row in absolute], np.int64)
+    todo, here, there = np.arange(len(ids))[::-1].copy(), np.empty_like(ids), np.empty_like(ids)
+    place(rows, ids, todo, n_step, here, there)
+    assert here[::-1].tolist() == [5 * rows + row % rows for row in absolute]
+    assert there[::-1].tolist() == [5 * rows + (row + n_step) % rows for row in absolute]
