@@ -5,7 +5,7 @@ hoisted out of its loop by LLVM (the reader never sees it move), and ARM may reo
 through `load_acquire` and `store_release`:
 
     writer   reserve all lanes (store_release), fence, write the rows, commit all lanes (store_release)
-    reader   load_acquire committed, copy, fence_loads, load_acquire reserved: what is older than reserved - rows is torn
+    reader   load_acquire committed, copy, fence_loads, load_acquire reserved: older than reserved - rows is torn
 """
 
 import hashlib
