@@ -56,8 +56,8 @@ def _values(storage: Storage, columns: Mapping[str, Any], count: int) -> list[np
     if set(columns) != {"carry"} or not declared:
         known = "carry" if declared else "none: extras has no 'carry'"
         raise FieldError(
-            f"{_WHERE}: got {sorted(columns) or 'no column'}; expected the columns that a learner may rewrite ({known}). "
-            "Everything else is the actor's."
+            f"{_WHERE}: got {sorted(columns) or 'no column'}; expected what a learner may write ({known}). Everything "
+            "else is the actor's."
         )
     given, wrong, values = dict(leaves(columns["carry"])), [], []
     for column in declared:
