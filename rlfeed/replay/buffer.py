@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rlfeed.errors import CheckpointError, ConfigError, LaneError, RlfeedError, UnsupportedError
+from rlfeed.errors import CheckpointError, ConfigError, RlfeedError, UnsupportedError
 from rlfeed.nest import Nest
 from rlfeed.replay import checkpoint
 from rlfeed.replay import kernels as k
@@ -17,9 +17,11 @@ from rlfeed.replay.storage import Storage
 from rlfeed.replay.unit_sampler import UnitSampler
 from rlfeed.replay.units import Unit
 from rlfeed.replay.writeback import write_back
-from rlfeed.replay.writer import StepWriter
+from rlfeed.replay.writer import NOBODY, Writer, claim_lanes, cut_lanes, release_lanes
 from rlfeed.specs import from_space
 from rlfeed.types import Batch, Stateful, Step
+
+Lanes = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ class ReplayBuffer:
         self._bind()
 
     def _bind(self) -> None:
-        self._writer = StepWriter(self._storage)
+        self._writer = Writer(self._storage, range(self.num_envs))
         self._unit_samplers: dict[Unit, UnitSampler] = {}
         self._parts: dict[str, Stateful] = {}  # what is saved beside the rows
         self._unclaimed: dict[str, Any] = {}  # and what was loaded of parts that nobody has asked for yet
@@ -165,27 +167,63 @@ class ReplayBuffer:
             FieldError: If a field's name, shape or dtype is not the declared one; all findings at once.
             LaneError: If a row does not continue its lane. Nothing has been written then.
         """
-        return self._writer.write(step)
+        return self._writer.add(step)
 
     def extend(self, batch: Batch) -> np.ndarray:
-        """Store whole episodes that were recorded elsewhere.
+        """Store whole episodes that were recorded elsewhere, such as those of ``Rollout.episodes``.
+
+        Each goes into the lane with the fewest rows written so far, of those that no writer has claimed and where no
+        episode is open. It is closed by the flags of its last step; where both are False it counts as cut.
 
         Args:
-            batch: Padded episodes.
+            batch: Padded episodes: ``observation`` ``[B, T + 1, ...]``, the rest ``[B, T, ...]``, with ``lengths`` or
+                ``mask`` unless all have T steps. Where ``extras`` declares a carry, the state before every step.
 
         Returns:
             ``[B]`` int64 ids of their first steps.
 
         Raises:
-            UnsupportedError: In this version.
+            FieldError: If a field is not the declared one, or an episode is not whole; all findings at once.
+            CapacityError: If an episode is longer than a lane.
+            LaneError: If no lane is free. Nothing has been written in any of these cases.
         """
-        raise UnsupportedError("ReplayBuffer.extend: is not served by this version. Add the episodes' steps with add.")
+        return self._writer.extend(batch)
 
-    def cut(self, env_ids: Sequence[int] | np.ndarray | None = None) -> int:
+    def cut(self, env_ids: Lanes | None = None) -> int:
         """End open episodes without an end: their environments crashed, stopped or were restarted.
 
         Args:
-            env_ids: Which lanes; None is all.
+            env_ids: Which lanes; None is all that no writer has claimed.
+
+        Returns:
+            How many episodes were open.
+
+        Raises:
+            LaneError: If there is no such lane, or a writer has claimed it.
+        """
+        owners = self._storage.heads()[-1]
+        lanes = np.flatnonzero(owners == NOBODY) if env_ids is None else env_ids
+        return cut_lanes(self._storage, [int(i) for i in lanes], NOBODY, "ReplayBuffer.cut")
+
+    def writer(self, env_ids: Lanes) -> Writer:
+        """Claim lanes for a writer of their own, which may be sent to another process.
+
+        Args:
+            env_ids: Its lanes.
+
+        Returns:
+            The writer; nobody else can write to these lanes before they are released.
+
+        Raises:
+            LaneError: If there is no such lane, or another writer has it.
+        """
+        return claim_lanes(self._storage, [int(i) for i in env_ids])
+
+    def release(self, env_ids: Lanes) -> int:
+        """Let lanes go whose writer has left or died: what is open is cut, what was half written is dropped.
+
+        Args:
+            env_ids: Which lanes. Should the writer live after all, its next `add` is refused.
 
         Returns:
             How many episodes were open.
@@ -193,38 +231,7 @@ class ReplayBuffer:
         Raises:
             LaneError: If there is no such lane.
         """
-        wanted = range(self.num_envs) if env_ids is None else [int(i) for i in env_ids]
-        for lane in wanted:
-            if not 0 <= lane < self.num_envs:
-                raise LaneError(f"ReplayBuffer.cut: env_ids has {lane}; expected 0 .. {self.num_envs - 1}.")
-        return sum(int(k.cut_lane(self._storage.plan, lane)) for lane in wanted)
-
-    def writer(self, env_ids: Sequence[int] | np.ndarray) -> "ReplayBuffer":
-        """Give another process its own lanes to write.
-
-        Args:
-            env_ids: Its lanes.
-
-        Returns:
-            The writer.
-
-        Raises:
-            UnsupportedError: In this version.
-        """
-        raise UnsupportedError(
-            f"ReplayBuffer.writer({list(env_ids)}): is not served by this version. Write from one process."
-        )
-
-    def release(self, env_ids: Sequence[int] | np.ndarray) -> None:
-        """Let lanes go whose writer has left.
-
-        Args:
-            env_ids: Which lanes.
-
-        Raises:
-            UnsupportedError: In this version.
-        """
-        raise UnsupportedError(f"ReplayBuffer.release({list(env_ids)}): is not served by this version. Use cut.")
+        return release_lanes(self._storage, [int(i) for i in env_ids])
 
     def unit_sampler(self, unit: Unit) -> UnitSampler:
         """Bind a unit to this buffer and its sampler; what is bound is kept.

@@ -19,8 +19,8 @@ ORDINAL, FLAGS, HEAD_BYTES = 0, 4, 8
 INDEX_SHIFT = 8
 TERMINATED, TRUNCATED, CLOSING, FIRST, CUT = 1, 2, 4, 8, 16
 INDEX_LIMIT = 1 << 24
-# Shared words that kernels touch: whether anything was ever written back, and how many late updates were dropped.
-WRITTEN_BACK, STALE_UPDATES = 192, 193
+# Shared words: whether anything was ever written back, how many late updates were dropped, the last owner's number.
+WRITTEN_BACK, STALE_UPDATES, LAST_OWNER = 192, 193, 194
 # One line of a field table: where the rows of a field are, how far apart, how long, where its batch or input is, and
 # for a carry where it lies in an entry of the overlay.
 BASE, PITCH, NBYTES, OTHER, ROLE, INSIDE, FIELD_SIZE = range(7)

@@ -96,6 +96,17 @@ def store_release(typingctx: Any, address: Any, value: Any) -> Any:
 
 
 @intrinsic
+def swap_if(typingctx: Any, address: Any, expected: Any, value: Any) -> Any:
+    """Store a 64-bit word if it has an expected value, and give the value that it had, all at once."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pair = builder.cmpxchg(_pointer(builder, args[0], 64), args[1], args[2], "seq_cst", "seq_cst")
+        return builder.extract_value(pair, 0)
+
+    return types.int64(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
 def fence(typingctx: Any) -> Any:
     """Keep every load and store on its side."""
 
@@ -197,6 +208,7 @@ def _store(kind: Any) -> Any:
 
 
 load_u8, load_u32, load_i64 = _load(types.uint8), _load(types.uint32), _load(types.int64)
+load_i32 = _load(types.int32)
 load_f32, load_u64 = _load(types.float32), _load(types.uint64)
 store_u8, store_u32, store_i64 = _store(types.uint8), _store(types.uint32), _store(types.int64)
 store_f32, store_u64 = _store(types.float32), _store(types.uint64)
