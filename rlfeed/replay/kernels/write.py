@@ -20,7 +20,6 @@ from rlfeed.replay.kernels.objects import (
 )
 from rlfeed.replay.kernels.rows import (
     BASE,
-    BLOCK,
     CARRY_EVERY,
     CLOSING,
     COMMITTED,
@@ -87,6 +86,7 @@ ENV_IDS, LOST, IS_FIRST_INPUT, TERMINATED_INPUT, TRUNCATED_INPUT, CONTROL = rang
 # What a kernel answers where it wrote nothing: MISFIT, or 1 + 8 * row + a cause.
 STORED, MISFIT = 0, -1
 NO_LANE, TWICE, NOT_OPEN, NOT_OWNED, BAD_REWARD, BAD_PRIORITY = range(6)
+BLOCK = 64  # lanes that are written field by field before the next ones
 INFINITE = 0x7F800000  # the exponent of a float32 that is infinite or no number
 
 
