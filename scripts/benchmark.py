@@ -14,7 +14,6 @@ import argparse
 import gc
 import itertools
 import os
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -190,10 +189,13 @@ class ReplayBenchmark:
             draw = bare.hold(stream, size)
             cases[f"{bare.name}, {size:,} rows"] = lambda d=draw: d(256)
         times = self._contest.measure("uniform 256 transitions, by size", self._cases(cases))
-        for name in (rlfeed.name, bare.name):
-            small, _, large = (times[f"{name}, {size:,} rows"] for size in sizes)
-            grown = statistics.median(large) - statistics.median(small)
-            print(f"  {name}: {ratio(large, small):.2f} times from {sizes[0]:,} to {sizes[2]:,} rows, {grown:.1f} us")
+        grown = {
+            name: ratio(times[f"{name}, {sizes[2]:,} rows"], times[f"{name}, {sizes[0]:,} rows"])
+            for name in (rlfeed.name, bare.name)
+        }
+        print(f"  from {sizes[0]:,} to {sizes[2]:,} rows: ", end="")
+        print(", ".join(f"{name} {times:.2f} times" for name, times in grown.items()), end="")
+        print(f"; {grown[rlfeed.name] / grown[bare.name]:.2f} beside the bare gather")
 
 
 REPLAY = ("uniform", "prioritized", "pixels", "episodes", "windows", "insert", "growth")

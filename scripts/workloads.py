@@ -92,7 +92,7 @@ def make_stream(length: int, seed: int = 0) -> Stream:
 
 
 def make_steps(count: int, num_envs: int) -> list[Step]:
-    """Make steps of one episode per environment: the last step ends it, so that the list may be inserted repeatedly.
+    """Make steps of several environments; the last step ends all episodes, so that the list may be inserted repeatedly.
 
     Args:
         count: How many.
@@ -102,9 +102,7 @@ def make_steps(count: int, num_envs: int) -> list[Step]:
         The steps.
     """
     steps = make_stream(count * num_envs).steps(num_envs)
-    nobody, everybody = np.zeros(num_envs, bool), np.ones(num_envs, bool)
-    for t, step in enumerate(steps):
-        step.is_first, step.terminated = nobody if t else everybody, nobody if t + 1 < count else everybody
+    steps[-1].terminated[:] = True
     return steps
 
 
