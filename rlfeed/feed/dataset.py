@@ -182,7 +182,7 @@ class _Stream:
         deadline, parent = time.monotonic() + WAIT_S, os.getppid()
         while True:
             try:
-                return self.sampler.read(self.key, number, size, allocate)
+                return self.sampler.read(self.key, number, size, allocate, tick=not self.in_worker)
             except NotEnoughDataError as error:
                 if not self.in_worker:  # the caller is the only writer: waiting for itself would never end
                     raise

@@ -1,5 +1,6 @@
 """The replay buffer: lanes of steps that any number of processes read while they grow."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,19 @@ from rlfeed.errors import CheckpointError, ConfigError, RlfeedError, Unsupported
 from rlfeed.nest import Nest
 from rlfeed.replay import checkpoint
 from rlfeed.replay import kernels as k
+from rlfeed.replay.draws import beta_of, prioritized_in
 from rlfeed.replay.memory import Kind
-from rlfeed.replay.samplers import Sampler, Uniform, sampler_from_json, sampler_to_json, stream_key
+from rlfeed.replay.priorities import Priorities
+from rlfeed.replay.samplers import (
+    Mixture,
+    Prioritized,
+    Recent,
+    Sampler,
+    Uniform,
+    sampler_from_json,
+    sampler_to_json,
+    stream_key,
+)
 from rlfeed.replay.storage import Storage
 from rlfeed.replay.unit_sampler import UnitSampler
 from rlfeed.replay.units import Unit
@@ -92,8 +104,8 @@ class ReplayBuffer:
         path: str | Path | None = None,
         seed: int = 0,
     ) -> None:
-        _check_config(capacity, num_envs, carry_every, storage, path, seed)
-        _check_served(sampler, frame_stack, storage)
+        _check_config(sampler, capacity, num_envs, carry_every, storage, path, seed)
+        _check_served(frame_stack, storage)
         fields: dict[str, Nest] = {
             "observation": from_space(observation_space, "observation_space"),
             "action": from_space(action_space, "action_space"),
@@ -106,24 +118,34 @@ class ReplayBuffer:
         rows = -(-int(capacity) // int(num_envs))
         place = None if path is None else Path(path)
         self._storage = Storage(fields, self.num_envs, rows, storage, place, carry_every=int(carry_every))
-        self._drawn = 0
-        self._bind()
+        self._start()
+        if (prioritized := prioritized_in(sampler)) is not None:
+            self.set_beta(prioritized.beta)
 
-    def _bind(self) -> None:
+    def _start(self) -> None:
+        prioritized = prioritized_in(self.sampler)
+        self._priorities = None if prioritized is None else Priorities(self._storage, prioritized.alpha)
+        self._drawn = 0
+        self._bind(copy=0)
+        if self._priorities is not None:
+            self._keep("priorities", self._priorities)
+
+    def _bind(self, copy: int) -> None:
         self._writer = Writer(self._storage, range(self.num_envs))
         self._unit_samplers: dict[Unit, UnitSampler] = {}
         self._parts: dict[str, Stateful] = {}  # what is saved beside the rows
         self._unclaimed: dict[str, Any] = {}  # and what was loaded of parts that nobody has asked for yet
         self._saved: checkpoint.Saved | None = None
-        self._key = stream_key(self.seed, "sample")
+        self._key, self._pid = stream_key(self.seed, "sample", turn=copy), os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"num_envs": self.num_envs, "seed": self.seed, "sampler": self.sampler, "_storage": self._storage}
+        names = ("num_envs", "seed", "sampler", "_storage", "_priorities")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._drawn = 0
-        self._bind()
+        self._bind(copy=self._storage.next_copy())
 
     def __len__(self) -> int:
         """Count the steps stored.
@@ -247,7 +269,8 @@ class ReplayBuffer:
         """
         found = self._unit_samplers.get(unit)
         if found is None:
-            found = self._unit_samplers[unit] = UnitSampler(self._storage, self.sampler, unit)
+            found = UnitSampler(self._storage, self.sampler, unit, self._priorities)
+            self._unit_samplers[unit] = found
         return found
 
     def sample(self, batch_size: int, unit: Unit) -> Batch:
@@ -265,24 +288,51 @@ class ReplayBuffer:
         """
         if batch_size < 1:
             raise ConfigError(f"ReplayBuffer.sample: batch_size is {batch_size}; expected at least 1.")
+        if self._pid != os.getpid():  # a forked child: draws of its own, as a copy sent to a process has
+            self._drawn = 0
+            self._bind(copy=self._storage.next_copy())
         batch = self.unit_sampler(unit).read(self._key, self._drawn, batch_size)
         self._drawn += batch_size
         return batch
 
     def update_priorities(self, ids: np.ndarray, values: np.ndarray) -> int:
-        """Give steps new priorities.
+        """Give steps new priorities, from the next draw on.
 
         Args:
-            ids: ``[B]`` int64.
-            values: ``[B]``, >= 0.
+            ids: ``[B]`` int64, of a batch or from `add`; where one comes twice the last value counts.
+            values: ``[B]``, finite, >= 0.
 
         Returns:
-            How many were applied: those whose step is still stored.
+            How many were applied: those whose step is still stored. The others are counted in `stats`.
 
         Raises:
             UnsupportedError: If the sampler keeps no priorities.
+            FieldError: If an id was never given out, or a value is no priority. Nothing has changed then.
         """
-        raise UnsupportedError(f"ReplayBuffer.update_priorities: the sampler is {self.sampler}; expected Prioritized.")
+        if self._priorities is None:
+            raise UnsupportedError(
+                f"ReplayBuffer.update_priorities: the sampler is {self.sampler}, which keeps none; expected "
+                "Prioritized."
+            )
+        applied, stale = self._priorities.update(ids, values)
+        self._storage.words(k.STALE_UPDATES, k.STALE_UPDATES + 1)[0] += stale
+        return applied
+
+    def set_beta(self, beta: float) -> None:
+        """Change the exponent of the importance weights, in every process that draws.
+
+        Args:
+            beta: 0 .. 1.
+
+        Raises:
+            ConfigError: If it is outside.
+            UnsupportedError: If the sampler keeps no priorities.
+        """
+        if self._priorities is None:
+            raise UnsupportedError(f"ReplayBuffer.set_beta: the sampler is {self.sampler}; expected Prioritized.")
+        if not 0.0 <= beta <= 1.0:
+            raise ConfigError(f"ReplayBuffer.set_beta: beta is {beta!r}; expected 0 .. 1.")
+        beta_of(self._storage)[0] = beta
 
     def update(self, ids: Any, **columns: Any) -> int:
         """Write the learner's recurrent state back: samples that begin at these steps have it from now on.
@@ -374,11 +424,12 @@ class ReplayBuffer:
         storage, state, saved = checkpoint.load(Path(directory), expected)
         buffer = cls.__new__(cls)
         try:
-            sampler = sampler_from_json(state["sampler"])
-            buffer.__setstate__(
-                {"num_envs": state["num_envs"], "seed": state["seed"], "sampler": sampler, "_storage": storage}
-            )
-            buffer._drawn, buffer._unclaimed, buffer._saved = state["drawn"], dict(state["parts"]), saved
+            buffer.num_envs, buffer.seed, buffer._storage = state["num_envs"], state["seed"], storage
+            buffer.sampler, parts = sampler_from_json(state["sampler"]), dict(state["parts"])
+            buffer._start()
+            buffer._drawn, buffer._unclaimed, buffer._saved = state["drawn"], parts, saved
+            for name, part in list(buffer._parts.items()):
+                buffer._keep(name, part)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{directory}: is not the state of a buffer, {error!r}.") from error
         return buffer
@@ -391,9 +442,11 @@ class ReplayBuffer:
 
 
 def _check_config(
-    capacity: int, num_envs: int, carry_every: int, storage: str, path: str | Path | None, seed: int
+    sampler: Sampler, capacity: int, num_envs: int, carry_every: int, storage: str, path: str | Path | None, seed: int
 ) -> None:
     wrong = []
+    if not isinstance(sampler, Uniform | Prioritized | Recent | Mixture):
+        wrong.append(f"sampler is {sampler!r}; expected Uniform(), Prioritized(), Recent(...) or Mixture(...)")
     least = {"capacity": (capacity, 1), "num_envs": (num_envs, 1), "carry_every": (carry_every, 1), "seed": (seed, 0)}
     for name, (value, low) in least.items():
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < low:
@@ -406,10 +459,8 @@ def _check_config(
         raise ConfigError("ReplayBuffer: " + "; ".join(wrong) + ".")
 
 
-def _check_served(sampler: Sampler, frame_stack: int | Mapping[str, int], storage: str) -> None:
+def _check_served(frame_stack: int | Mapping[str, int], storage: str) -> None:
     wrong = []
-    if not isinstance(sampler, Uniform):
-        wrong.append(f"sampler is {sampler!r}, of which this version serves Uniform()")
     if frame_stack != 1:
         wrong.append(f"frame_stack is {frame_stack!r}, of which this version serves 1 (stack in a wrapper)")
     if storage == "cuda":

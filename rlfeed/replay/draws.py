@@ -1,13 +1,16 @@
 """Numbered draws: which starts, as they were when they were drawn, and what draws them."""
 
+import math
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import numpy as np
 
 from rlfeed.replay import kernels as k
-from rlfeed.replay.samplers import Sampler
+from rlfeed.replay.priorities import Priorities, Tree
+from rlfeed.replay.samplers import Mixture, Prioritized, Recent, Sampler, shares, subkey
 from rlfeed.replay.storage import Storage
-from rlfeed.replay.units import Episode, Unit, rule_of
+from rlfeed.replay.units import Unit, rule_of
 
 
 class Draws:
@@ -64,13 +67,16 @@ class Draws:
 class Drawer(ABC):
     """Fill draws with starts of a unit: a pure function of their numbers and of what is stored now."""
 
+    weights: Literal["ones", "batch", "buffer"] = "ones"  # whose greatest importance weight becomes 1
+
     @abstractmethod
-    def draw(self, draws: Draws, attempt: int = 0) -> bool:
+    def draw(self, draws: Draws, attempt: int = 0, *, tick: bool = True) -> bool:
         """Make the draws.
 
         Args:
             draws: Their key and number; receives the rest.
             attempt: Above 0 only to repeat a draw that turned out torn, in steps of 2^16.
+            tick: Whether this process may fold new rows into the tree of priorities.
 
         Returns:
             False where no stored step can start a sample.
@@ -82,13 +88,13 @@ class UniformDrawer(Drawer):
 
     Args:
         storage: What to draw from.
-        unit: Whose starts.
+        rule: Whose starts.
     """
 
-    def __init__(self, storage: Storage, unit: Unit) -> None:
-        self._plan, self._rule, self._whole = storage.plan, rule_of(unit, storage), isinstance(unit, Episode)
+    def __init__(self, storage: Storage, rule: np.ndarray) -> None:
+        self._plan, self._rule, self._whole = storage.plan, rule, bool(rule[k.WHOLE])
 
-    def draw(self, draws: Draws, attempt: int = 0) -> bool:
+    def draw(self, draws: Draws, attempt: int = 0, *, tick: bool = True) -> bool:
         """Make the draws; see `Drawer.draw`."""
         key, number, ids, limits = draws.key, draws.number, draws.ids, draws.limits
         if self._whole:
@@ -96,15 +102,154 @@ class UniformDrawer(Drawer):
         return k.draw_steps(self._plan, self._rule, key, number, attempt, ids, limits) != k.NO_START
 
 
-def drawer_for(storage: Storage, sampler: Sampler, unit: Unit) -> Drawer:
+class RecentDrawer(Drawer):
+    """Draw newer starts more often.
+
+    Args:
+        storage: What to draw from.
+        rule: Whose starts.
+        half_life: Inserted steps after which a start is drawn half as often.
+    """
+
+    def __init__(self, storage: Storage, rule: np.ndarray, half_life: float) -> None:
+        self._storage, self._rule = storage, rule
+        self._slope = -math.log(2.0) * storage.lanes / half_life
+
+    def draw(self, draws: Draws, attempt: int = 0, *, tick: bool = True) -> bool:
+        """Make the draws; see `Drawer.draw`."""
+        plan, key, number = self._storage.plan, draws.key, draws.number
+        drawn = k.draw_recent(plan, self._rule, self._slope, key, number, attempt, draws.ids, draws.limits)
+        return drawn != k.NO_START
+
+    def chances(self, draws: Draws) -> np.ndarray:
+        """Give the probability of drawing each start, with every row taken for one.
+
+        Args:
+            draws: Made by any drawer.
+
+        Returns:
+            ``[B]`` float64.
+        """
+        rows = np.maximum(np.minimum(self._storage.heads()[0], self._storage.rows) - 1, 0)
+        total = -np.expm1(self._slope * rows).sum()
+        ages = draws.limits - 2 - (draws.ids & k.ROW_MASK)
+        return np.exp(self._slope * ages) * -np.expm1(self._slope) / total
+
+
+class PrioritizedDrawer(Drawer):
+    """Draw starts in proportion to their mass, priority^alpha.
+
+    Args:
+        storage: What to draw from.
+        tree: Their masses.
+        scale: Whose greatest importance weight becomes 1.
+    """
+
+    def __init__(self, storage: Storage, tree: Tree, scale: Literal["batch", "buffer"]) -> None:
+        self._plan, self._beta, self._rule = storage.plan, beta_of(storage), tree.rule
+        self.tree, self.weights = tree, scale
+
+    def draw(self, draws: Draws, attempt: int = 0, *, tick: bool = True) -> bool:
+        """Make the draws; see `Drawer.draw`."""
+        tree, masses = self.tree, draws.weights
+        if tick:
+            tree.fold()
+        drawn = k.draw_masses(
+            self._plan, self._rule, tree.nodes, tree.words, tree.levels,
+            draws.key, draws.number, attempt, draws.ids, draws.limits, masses,
+        )  # fmt: skip
+        if drawn == k.NO_START:
+            return False
+        if self.weights == "buffer":  # the greatest weight that any start would have is the one of the least mass
+            masses /= min(tree.total()[1], masses.min())
+        masses **= -self._beta[0]
+        return True
+
+
+class MixtureDrawer(Drawer):
+    """Draw each number with one of several drawers, in exact proportion.
+
+    Args:
+        storage: What to draw from.
+        parts: The drawers.
+        fractions: Their shares.
+    """
+
+    def __init__(self, storage: Storage, parts: list[Drawer], fractions: list[float]) -> None:
+        self._parts, self._fractions, self._beta = parts, fractions, beta_of(storage)
+        trees = [part.tree for part in parts if isinstance(part, PrioritizedDrawer)]
+        self._tree = trees[0] if trees else None
+        self.weights = "ones" if self._tree is None else "batch"
+
+    def draw(self, draws: Draws, attempt: int = 0, *, tick: bool = True) -> bool:
+        """Make the draws; see `Drawer.draw`."""
+        part_of = shares(draws.number, len(draws), self._fractions)
+        for index, part in enumerate(self._parts):
+            mine = part_of == index
+            if not mine.any():
+                continue
+            made = Draws.blank(subkey(draws.key, index), draws.number, len(draws))
+            if not part.draw(made, attempt, tick=tick):
+                return False
+            draws.ids[mine], draws.limits[mine] = made.ids[mine], made.limits[mine]
+        draws.weights[:] = 1.0 if self._tree is None else self._chances(draws, self._tree) ** -self._beta[0]
+        return True
+
+    def _chances(self, draws: Draws, tree: Tree) -> np.ndarray:
+        chances = np.zeros(len(draws))
+        for part, fraction in zip(self._parts, self._fractions, strict=True):
+            if isinstance(part, PrioritizedDrawer):
+                chances += fraction * np.maximum(tree.masses(draws.ids), 0.0) / max(tree.total()[0], 1e-300)
+            elif isinstance(part, RecentDrawer):
+                chances += fraction * part.chances(draws)
+            else:
+                chances += fraction / max(int(tree.words[0]), 1)
+        return np.maximum(chances, 1e-300)
+
+
+def beta_of(storage: Storage) -> np.ndarray:
+    """View the exponent of the importance weights, which can be annealed.
+
+    Args:
+        storage: Whose.
+
+    Returns:
+        ``[1]`` float64 on shared memory.
+    """
+    return storage.words(160, 161).view(np.float64)
+
+
+def prioritized_in(sampler: Sampler) -> Prioritized | None:
+    """Find the part of a sampler that needs priorities.
+
+    Args:
+        sampler: Any.
+
+    Returns:
+        That part, or None.
+    """
+    parts = sampler.samplers if isinstance(sampler, Mixture) else [sampler]
+    return next((part for part in parts if isinstance(part, Prioritized)), None)
+
+
+def drawer_for(storage: Storage, sampler: Sampler, unit: Unit, priorities: Priorities | None) -> Drawer:
     """Bind a sampler to a storage and a unit.
 
     Args:
         storage: What to draw from.
         sampler: Which starts.
         unit: Whose starts.
+        priorities: Of the buffer, where its sampler needs them.
 
     Returns:
         What draws them.
     """
-    return UniformDrawer(storage, unit)
+    rule = rule_of(unit, storage)
+    if isinstance(sampler, Mixture):
+        parts = [drawer_for(storage, part, unit, priorities) for part in sampler.samplers]
+        return MixtureDrawer(storage, parts, list(sampler.samplers.values()))
+    if isinstance(sampler, Prioritized) and priorities is not None:
+        return PrioritizedDrawer(storage, priorities.tree_of(rule), sampler.scale)
+    if isinstance(sampler, Recent):
+        return RecentDrawer(storage, rule, sampler.half_life)
+    return UniformDrawer(storage, rule)

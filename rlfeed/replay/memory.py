@@ -81,6 +81,9 @@ class Memory:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes out of a block of code that uses this memory; a killed process leaves no lock behind."""
+        if self.kind == "private":  # no other process has it
+            yield
+            return
         fcntl.lockf(self._fd, fcntl.LOCK_EX)
         try:
             yield

@@ -1,10 +1,15 @@
 """Samplers say which index is drawn; one per buffer."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Bool, Float64, Int64
+
+from rlfeed.errors import ConfigError, FieldError
 
 Stream = Literal["sample", "loader"]
 _STREAMS: dict[Stream, int] = {"sample": 0, "loader": 1}
@@ -19,37 +24,87 @@ class Uniform:
 class Prioritized:
     """Draw starts in proportion to priority^alpha.
 
+    A new step has the greatest priority that is stored (1 where there is none), or the one that its actor gave as
+    ``extras["priority"]``. A step whose priority is 0 is not drawn; add a constant to what you give where that is not
+    meant. A batch's importance weights are ``(N P(i))^-beta``, divided by the greatest of the batch, or by the greatest
+    that any stored start would have.
+
     Args:
         alpha: 0 is uniform, 1 is fully proportional.
-        beta: Exponent of the importance weights, 0 .. 1.
-        eta: Share of the maximum in a sequence's priority, eta max + (1 - eta) mean.
+        beta: Exponent of the importance weights, 0 .. 1; anneal it with `ReplayBuffer.set_beta`.
+        eta: Share of the maximum in a sequence's priority, eta max + (1 - eta) mean; 0 .. 1.
+        scale: ``"batch"`` or ``"buffer"``: whose greatest weight becomes 1.
+
+    Raises:
+        ConfigError: If one is out of its range.
+
+    Source: Schaul et al. 2016, "Prioritized experience replay", sections 3.3 and 3.4; Kapturowski et al. 2019,
+    "Recurrent experience replay in distributed reinforcement learning", section 2.3, for eta.
     """
 
     alpha: float = 0.6
     beta: float = 0.4
     eta: float = 0.9
+    scale: Literal["batch", "buffer"] = "batch"
+
+    def __post_init__(self) -> None:
+        wrong = [] if 0.0 <= self.alpha < math.inf else [f"alpha is {self.alpha!r}; expected a number >= 0"]
+        outside = {name: value for name, value in (("beta", self.beta), ("eta", self.eta)) if not 0.0 <= value <= 1.0}
+        wrong += [f"{name} is {value!r}; expected 0 .. 1" for name, value in outside.items()]
+        if self.scale not in ("batch", "buffer"):
+            wrong.append(f"scale is {self.scale!r}; expected 'batch' or 'buffer'")
+        if wrong:
+            raise ConfigError("Prioritized: " + "; ".join(wrong) + ".")
 
 
 @dataclass(frozen=True, slots=True)
 class Recent:
     """Draw newer steps more often.
 
+    Age is counted in rows written to the same lane, times the number of lanes.
+
     Args:
-        half_life: Steps inserted since, after which a step is drawn half as often.
+        half_life: Steps inserted since, after which a step is drawn half as often; > 0.
+
+    Raises:
+        ConfigError: If it is not above 0.
     """
 
     half_life: float
 
+    def __post_init__(self) -> None:
+        if not 0.0 < self.half_life < math.inf:
+            raise ConfigError(f"Recent: half_life is {self.half_life!r}; expected a number of steps above 0.")
+
 
 @dataclass(frozen=True)
 class Mixture:
-    """Draw each sample with one of several samplers.
+    """Draw each sample with one of several samplers, in exact proportion.
+
+    Where one of them is `Prioritized`, importance weights are those of the whole mixture.
 
     Args:
         samplers: Fractions by sampler; they sum to 1.
+
+    Raises:
+        ConfigError: If they do not, or a sampler is a mixture itself, or two are prioritized.
     """
 
     samplers: Mapping["Uniform | Prioritized | Recent", float]
+
+    def __post_init__(self) -> None:
+        kinds = (Uniform, Prioritized, Recent)
+        wrong = [f"has a {type(sampler).__name__}" for sampler in self.samplers if not isinstance(sampler, kinds)]
+        if sum(isinstance(sampler, Prioritized) for sampler in self.samplers) > 1:
+            wrong.append("has two Prioritized, but a buffer keeps one set of priorities")
+        if not self.samplers:
+            wrong.append("is empty")
+        elif finding := check_fractions(list(self.samplers.values())):
+            wrong.append(finding)
+        if wrong:
+            raise ConfigError(
+                f"Mixture: {'; '.join(wrong)}; expected Uniform, Prioritized or Recent with fractions that sum to 1."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +176,83 @@ def stream_key(seed: int, stream: Stream, rank: int = 0, turn: int = 0) -> int:
     """
     words = np.random.SeedSequence((seed, _STREAMS[stream], rank, turn)).generate_state(1, np.uint64)
     return int(words.view(np.int64)[0])
+
+
+def subkey(key: int, index: int) -> int:
+    """Derive the key of a part of a stream.
+
+    Args:
+        key: Of the stream.
+        index: Which part, >= 0.
+
+    Returns:
+        64 bits, as int64.
+    """
+    bits = (key ^ ((index + 1) * 0x9E3779B97F4A7C15)) & (1 << 64) - 1
+    return bits - (1 << 64) if bits >> 63 else bits
+
+
+def check_fractions(fractions: Sequence[float]) -> str:
+    """Check that fractions share something out.
+
+    Args:
+        fractions: Above 0, and 1 in sum.
+
+    Returns:
+        What is wrong, or nothing.
+    """
+    if not all(0.0 < fraction <= 1.0 for fraction in fractions) or abs(sum(fractions) - 1.0) > 1e-6:
+        return f"the fractions are {list(fractions)}, {sum(fractions)} in sum"
+    return ""
+
+
+def shares(number: int, count: int, fractions: Sequence[float]) -> Int64[np.ndarray, " B"]:
+    """Share draws out in exact proportion: of the first n draws, part c has n times its fraction, to within one.
+
+    Args:
+        number: The first draw.
+        count: B.
+        fractions: They sum to 1; a millionth is the finest.
+
+    Returns:
+        Which part each draw belongs to.
+    """
+    out = np.full(count, len(fractions) - 1, np.int64)
+    open_ = np.arange(count)  # not given to a part yet; and the number of each among those
+    place, rest = number + np.arange(count, dtype=np.int64), Fraction(1)
+    for part, fraction in enumerate(fractions[:-1]):
+        exact = Fraction(fraction).limit_denominator(10**6)
+        ratio = min(Fraction(1), (exact / rest).limit_denominator(10**6)) if rest > 0 else Fraction(1)
+        a, b = ratio.numerator, ratio.denominator
+        rounds, r = np.divmod(place, b)
+        mine = (r + 1) * a // b > r * a // b
+        out[open_[mine]] = part
+        open_, place = open_[~mine], (rounds * (b - a) + r - r * a // b)[~mine]
+        rest -= exact
+    return out
+
+
+def sequence_priorities(
+    values: Float64[np.ndarray, "B T"], mask: Bool[np.ndarray, "B T"], eta: float
+) -> Float64[np.ndarray, " B"]:
+    """Give sequences one priority each: eta max + (1 - eta) mean of their steps'.
+
+    Args:
+        values: The steps' priorities, >= 0.
+        mask: Which steps count.
+        eta: Share of the maximum.
+
+    Returns:
+        The sequences' priorities; 0 where no step counts.
+
+    Raises:
+        FieldError: If the shapes differ.
+
+    Source: Kapturowski et al. 2019, "Recurrent experience replay in distributed reinforcement learning", section 2.3.
+    """
+    if values.shape != mask.shape or values.ndim != 2:
+        raise FieldError(
+            f"update_priorities: values has shape {values.shape}; expected {mask.shape}, one per step, or (B,)."
+        )
+    kept = np.where(mask, values, 0.0)
+    return eta * kept.max(axis=1, initial=0.0) + (1.0 - eta) * kept.sum(axis=1) / np.maximum(mask.sum(axis=1), 1)

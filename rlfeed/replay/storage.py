@@ -263,6 +263,17 @@ class Storage:
         """
         return self.memory.bytes[begin * 8 : end * 8].view(np.int64)
 
+    def next_copy(self) -> int:
+        """Number the copies of a buffer in other processes, so that each has draws of its own.
+
+        Returns:
+            1 for the first, and so on.
+        """
+        copies = self.words(191, 192)
+        with self.memory.locked():
+            copies[0] += 1
+            return int(copies[0])
+
     def pieces(self, section: Section, lane: int, begin: int, end: int) -> list[np.ndarray]:
         """View what a section holds of some rows of a lane.
 

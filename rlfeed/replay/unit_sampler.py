@@ -5,6 +5,7 @@ import numpy as np
 from rlfeed.errors import ConfigError, NotEnoughDataError, StaleReadError
 from rlfeed.replay import kernels as k
 from rlfeed.replay.draws import Draws, drawer_for
+from rlfeed.replay.priorities import Priorities
 from rlfeed.replay.readers import Allocate, allocate_private, reader_for
 from rlfeed.replay.samplers import Sampler
 from rlfeed.replay.storage import Storage
@@ -21,12 +22,13 @@ class UnitSampler:
         storage: What to read.
         sampler: Which starts.
         unit: What they become.
+        priorities: Of the buffer, where its sampler needs them.
 
     Raises:
         ConfigError: If a lane is shorter than what one sample touches, or this is no unit.
     """
 
-    def __init__(self, storage: Storage, sampler: Sampler, unit: Unit) -> None:
+    def __init__(self, storage: Storage, sampler: Sampler, unit: Unit, priorities: Priorities | None = None) -> None:
         if not isinstance(unit, Transition | Sequence | Episode):
             raise ConfigError(f"unit: is {unit!r}; expected Transition(...), Sequence(...) or Episode(...).")
         unit = resolved(unit, storage, sampler)
@@ -37,15 +39,16 @@ class UnitSampler:
                 f"sample. Raise capacity to at least {span * storage.lanes} rows, or sample less."
             )
         self.unit, self._storage = unit, storage
-        self.drawer, self.reader = drawer_for(storage, sampler, unit), reader_for(storage, unit)
+        self.drawer, self.reader = drawer_for(storage, sampler, unit, priorities), reader_for(storage, unit)
 
-    def draw(self, key: int, number: int, count: int) -> Draws:
+    def draw(self, key: int, number: int, count: int, *, tick: bool = True) -> Draws:
         """Make draws ``number .. number + count - 1`` on what is stored now.
 
         Args:
             key: The stream of draws.
             number: The first draw.
             count: B.
+            tick: Whether this process may fold new rows into the tree of priorities.
 
         Returns:
             The draws.
@@ -54,7 +57,7 @@ class UnitSampler:
             NotEnoughDataError: If no stored step can start a sample.
         """
         draws = Draws.blank(key, number, count)
-        if not self.drawer.draw(draws):
+        if not self.drawer.draw(draws, tick=tick):
             raise self.nothing()
         return draws
 
@@ -79,12 +82,17 @@ class UnitSampler:
             if attempt == 0:
                 raise self._overtaken(len(rows), len(draws))
             for row in rows.tolist():
-                if not self.drawer.draw(draws.one(row), attempt << 16):
+                if not self.drawer.draw(draws.one(row), attempt << 16, tick=False):
                     raise self.nothing()
 
-        return self.reader.collect(draws, again, allocate)
+        batch = self.reader.collect(draws, again, allocate)
+        if self.drawer.weights != "ones" and batch.weights is not None:
+            batch.weights.numpy()[:] = draws.weights / (draws.weights.max() if self.drawer.weights == "batch" else 1.0)
+        return batch
 
-    def read(self, key: int, number: int, count: int, allocate: Allocate = allocate_private) -> Batch:
+    def read(
+        self, key: int, number: int, count: int, allocate: Allocate = allocate_private, *, tick: bool = True
+    ) -> Batch:
         """Make draws ``number .. number + count - 1`` and gather them.
 
         Args:
@@ -92,6 +100,7 @@ class UnitSampler:
             number: The first draw.
             count: B.
             allocate: Where the block comes from.
+            tick: Whether this process may fold new rows into the tree of priorities.
 
         Returns:
             The batch.
@@ -100,7 +109,7 @@ class UnitSampler:
             NotEnoughDataError: If no stored step can start a sample.
             StaleReadError: If writers overtake the reader again and again.
         """
-        return self.gather(self.draw(key, number, count), allocate)
+        return self.gather(self.draw(key, number, count, tick=tick), allocate)
 
     def _overtaken(self, rows: int, count: int) -> StaleReadError:
         return StaleReadError(

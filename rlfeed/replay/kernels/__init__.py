@@ -19,6 +19,7 @@ the GIL. Each has a slow and obvious twin in the tests.
 from rlfeed.replay.kernels.draw import draw_episodes, draw_steps
 from rlfeed.replay.kernels.gather import gather_transitions
 from rlfeed.replay.kernels.objects import EXPECT_SIZE, data_of, kind_word, runtime
+from rlfeed.replay.kernels.recent import draw_recent
 from rlfeed.replay.kernels.restore import reserved_head, restore_heads, snapshot_heads
 from rlfeed.replay.kernels.rows import (
     BASE,
@@ -65,6 +66,7 @@ from rlfeed.replay.kernels.rows import (
     count_steps,
 )
 from rlfeed.replay.kernels.starts import ALIGNED, BACK, CROSS, ENDED, GRID, NEED, PLAIN, RULE_SIZE, STRICT, WHOLE
+from rlfeed.replay.kernels.tree import check_updates, draw_masses, fold, is_behind, rebuild, set_priorities
 from rlfeed.replay.kernels.windows import EXTENT, WINDOW_SIZE, gather_windows, resolve_windows
 from rlfeed.replay.kernels.write import (
     BAD_PRIORITY,
@@ -164,6 +166,7 @@ __all__ = [
     "WINDOW_SIZE",
     "WRITTEN",
     "WRITTEN_BACK",
+    "check_updates",
     "choose_lane",
     "claim_lane",
     "count_steps",
@@ -171,15 +174,21 @@ __all__ = [
     "cut_lane",
     "data_of",
     "draw_episodes",
+    "draw_masses",
+    "draw_recent",
     "draw_steps",
+    "fold",
     "free_lane",
     "gather_transitions",
     "gather_windows",
+    "is_behind",
     "kind_word",
+    "rebuild",
     "reserved_head",
     "resolve_windows",
     "restore_heads",
     "runtime",
+    "set_priorities",
     "snapshot_heads",
     "write_back",
     "write_episode",

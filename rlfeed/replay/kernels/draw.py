@@ -70,6 +70,12 @@ def philox_all(key: int, number: int, attempt: int, bits: np.ndarray) -> None:
 
 
 @njit
+def unit_float(bits: int) -> float:
+    """Scale 64 random bits to [0, 1)."""
+    return np.float64(np.uint64(bits) >> np.uint64(11)) * 2.0**-53
+
+
+@njit
 def below(bits: int, bound: int) -> int:
     """Scale 64 random bits to 0 .. bound-1 (bias below bound / 2^64): the high word of their product."""
     half, mask = np.uint64(32), np.uint64(0xFFFFFFFF)

@@ -13,7 +13,7 @@ from support.batches import assert_same
 from support.replay_twin import ReplayTwin, make_step
 
 from rlfeed import errors
-from rlfeed.replay import Episode, Prioritized, ReplayBuffer, Sequence, Transition
+from rlfeed.replay import Episode, ReplayBuffer, Sequence, Transition
 from rlfeed.types import Step
 
 SPACE = gymnasium.spaces.Dict(vector=Box(-np.inf, np.inf, (3,), np.float32), image=Box(0, 255, (40, 40), np.uint8))
@@ -194,7 +194,7 @@ def test_buffer_unsupported_space_names_the_part():
         ReplayBuffer(space, Discrete(2), capacity=10)
 
 
-@pytest.mark.parametrize("options", [{"sampler": Prioritized()}, {"frame_stack": 4}, {"storage": "cuda"}])
+@pytest.mark.parametrize("options", [{"frame_stack": 4}, {"storage": "cuda"}])
 def test_buffer_what_is_not_served_is_refused(options):
     with pytest.raises(errors.UnsupportedError):
         ReplayBuffer(LINE, Discrete(2), capacity=10, **options)

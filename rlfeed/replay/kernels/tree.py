@@ -1,0 +1,448 @@
+"""The sum tree of priorities: folded and updated by the learner alone, read by everybody.
+
+Leaf ``lane * rows + slot`` holds the mass (priority ^ alpha) of the start at that row. It is +0.0 where no sample may
+start; a start whose priority is zero holds -0.0, so that both weigh nothing and are still told apart. Every inner node
+covers 16 children and is computed from them anew, in their order, whenever one changes: nothing drifts.
+"""
+# NumPy's integers are ints to numba:
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportReturnType=false
+
+import math
+
+import numpy as np
+from numba import njit
+
+from rlfeed.replay.kernels.draw import lane_of, philox, philox_all, unit_float
+from rlfeed.replay.kernels.rows import (
+    CLOSING,
+    COMMITTED,
+    FLAGS,
+    LANE_SHIFT,
+    LANES,
+    NO_START,
+    PRIORITY,
+    RESERVED,
+    ROW_MASK,
+    ROWS,
+    TRIES,
+    first_row,
+    is_stale,
+    record_of,
+)
+from rlfeed.replay.kernels.starts import ENDED, NEED, PLAIN, WHOLE, list_starts, starts_here
+from rlfeed.replay.kernels.words import kernel, load_acquire, load_f32, load_u8, prefetch
+
+FAN, FAN_BITS = 16, 4
+# Words of a tree beside its nodes: how many starts it holds, then per lane the head it was folded at, twice that plus 1
+# where the row before was a closing one.
+STARTS, FOLDED = 0, 1
+
+
+@njit
+def is_blank(mass: float) -> bool:
+    """Tell whether a leaf is +0.0: no start, or one that has not been folded in yet."""
+    return mass == 0.0 and math.copysign(1.0, mass) > 0.0
+
+
+@njit
+def refresh(nodes: np.ndarray, levels: np.ndarray, touched: np.ndarray, count: int) -> None:
+    """Compute the nodes above changed leaves anew, level by level: sum, greatest, and least that is not zero.
+
+    ``touched`` holds the changed nodes' numbers on the first level above the leaves, in order, and is used up.
+    """
+    inner = levels[-1, 0] + levels[-1, 1] - levels[0, 1]
+    for level in range(1, len(levels)):
+        below, here, kept, last = levels[level - 1, 0], levels[level, 0], 0, -1
+        most = inner if level > 1 else 0
+        for i in range(count):
+            node = touched[i]
+            if node == last:
+                continue
+            last = node
+            total, greatest, least = 0.0, 0.0, np.inf
+            for child in range(below + node * FAN, below + node * FAN + FAN, 4):  # fours: shorter chains of additions
+                total += (nodes[child] + nodes[child + 1]) + (nodes[child + 2] + nodes[child + 3])
+                for place in range(child, child + 4):
+                    high, low = nodes[place + most], nodes[place + 2 * most]
+                    greatest = high if high > greatest else greatest
+                    least = low if 0.0 < low < least else least
+            nodes[here + node], nodes[here + node + inner], nodes[here + node + 2 * inner] = total, greatest, least
+            parent = node >> FAN_BITS
+            if kept == 0 or touched[kept - 1] != parent:
+                touched[kept] = parent
+                kept += 1
+        count = kept
+
+
+@njit
+def root_of(nodes: np.ndarray, levels: np.ndarray) -> tuple[float, float, float]:
+    """Give the mass of all starts, the greatest of one, and the least that is not zero."""
+    root = levels[-1, 0]
+    inner = root + levels[-1, 1] - levels[0, 1]
+    return nodes[root], nodes[root + inner], nodes[root + 2 * inner]
+
+
+@njit
+def is_closed(plan: np.ndarray, lane: int, head: int) -> bool:
+    """Tell whether the row before a head closes an episode."""
+    return head > 0 and load_u8(record_of(plan, lane, head - 1) + FLAGS) & CLOSING != 0
+
+
+@njit
+def first_changed(plan: np.ndarray, rule: np.ndarray, lane: int, folded: int, head: int) -> tuple[int, int]:
+    """Give the rows among which starts may have appeared since a lane was folded: from, and up to."""
+    ended = False
+    for row in range(max(0, folded - 1), head):
+        ended = ended or load_u8(record_of(plan, lane, row) + FLAGS) & CLOSING != 0
+    begin, end = folded - 1 - rule[NEED], head - 1
+    if not ended:
+        end = max(begin, head - rule[NEED])
+    elif rule[WHOLE] or rule[ENDED]:
+        begin = first_row(plan, lane, folded - 1) if folded > 0 else 0
+    return begin, min(end, head - 1)
+
+
+@kernel("int64(int64[::1], int64[::1], float64[::1], int64[::1], int64[:, ::1], float64)")
+def fold(
+    plan: np.ndarray, rule: np.ndarray, nodes: np.ndarray, words: np.ndarray, levels: np.ndarray, alpha: float
+) -> int:
+    """Take in what was written since: rows that were given away lose their mass, new starts get the greatest one.
+
+    Args:
+        plan: The storage.
+        rule: The unit's valid starts.
+        nodes: Leaves, then sums, maxima and minima.
+        words: STARTS, then FOLDED of every lane.
+        levels: ``[K, 2]``: where each level's sums begin and how many there are.
+        alpha: Exponent, where actors give priorities.
+
+    Returns:
+        How many starts were added.
+    """
+    lanes, rows, room = plan[LANES], plan[ROWS], np.int64(0)
+    heads, begins, ends = np.empty(lanes, np.int64), np.empty(lanes, np.int64), np.empty(lanes, np.int64)
+    for lane in range(lanes):
+        head = load_acquire(plan[COMMITTED] + lane * 8)
+        known, was_closed = words[FOLDED + lane] >> 1, words[FOLDED + lane] & 1
+        heads[lane], begins[lane], ends[lane] = -1, 0, 0
+        if head == known and is_closed(plan, lane, head) == was_closed:
+            continue
+        heads[lane] = head
+        tail = max(0, load_acquire(plan[RESERVED] + lane * 8) - rows)
+        begin, ends[lane] = first_changed(plan, rule, lane, max(known, tail), head)
+        begins[lane] = max(begin, tail)
+        room += 2 * ((head - min(begins[lane], max(known, head - rows))) // FAN + 4)
+    if room == 0:
+        return 0
+    touched, count, added, gone = np.empty(room, np.int64), 0, 0, 0.0
+    for lane in range(lanes):
+        for row in range(max(words[FOLDED + lane] >> 1, heads[lane] - rows), heads[lane]):
+            leaf = lane * rows + row % rows
+            if not is_blank(nodes[leaf]):
+                gone, nodes[leaf] = max(gone, nodes[leaf]), 0.0
+                words[STARTS] -= 1
+                if count == 0 or touched[count - 1] != leaf >> FAN_BITS:
+                    touched[count] = leaf >> FAN_BITS
+                    count += 1
+    if gone > 0.0 and gone >= root_of(nodes, levels)[1]:  # the greatest mass went: it is not to live on in new rows
+        refresh(nodes, levels, touched, count)
+        count = 0
+    newest = root_of(nodes, levels)[1]
+    newest = newest if newest > 0.0 else 1.0
+    for lane in range(lanes):
+        head = heads[lane]
+        for row in range(begins[lane], min(ends[lane], head)):
+            leaf = lane * rows + row % rows
+            if is_blank(nodes[leaf]) and starts_here(plan, rule, lane, row, head):
+                mass = newest
+                if plan[PRIORITY] >= 0:
+                    mass = np.float64(load_f32(record_of(plan, lane, row) + plan[PRIORITY])) ** alpha
+                nodes[leaf] = mass if mass > 0.0 else -0.0
+                words[STARTS] += 1
+                added += 1
+                if count == 0 or touched[count - 1] != leaf >> FAN_BITS:
+                    touched[count] = leaf >> FAN_BITS
+                    count += 1
+        if head >= 0:
+            words[FOLDED + lane] = 2 * head + np.int64(is_closed(plan, lane, head))
+    refresh(nodes, levels, touched, count)
+    return added
+
+
+@njit
+def unfolded(plan: np.ndarray, rule: np.ndarray, words: np.ndarray, begins: np.ndarray, upto: np.ndarray) -> int:
+    """Count the rows of each lane that were written since it was folded and may start a sample.
+
+    The learner folds before it draws and finds none. Another process may not fold: it draws those by arithmetic, each
+    with the greatest mass.
+    """
+    total = np.int64(0)
+    for lane in range(plan[LANES]):
+        head = load_acquire(plan[COMMITTED] + lane * 8)
+        known, tail = words[FOLDED + lane] >> 1, max(0, load_acquire(plan[RESERVED] + lane * 8) - plan[ROWS])
+        begins[lane] = max(known - rule[NEED], tail) if head > known else head
+        total += max(0, head - 1 - begins[lane])
+        upto[lane] = total
+    return total
+
+
+@njit
+def step_down(nodes: np.ndarray, child: int, rest: float) -> tuple[int, float]:
+    """Find which of 16 children a mass falls on: a group of four, then one of those, without a branch to mispredict."""
+    begin = child
+    a = (nodes[child] + nodes[child + 1]) + (nodes[child + 2] + nodes[child + 3])
+    b = a + ((nodes[child + 4] + nodes[child + 5]) + (nodes[child + 6] + nodes[child + 7]))
+    c = b + ((nodes[child + 8] + nodes[child + 9]) + (nodes[child + 10] + nodes[child + 11]))
+    child += 4 * (np.int64(rest >= a) + np.int64(rest >= b) + np.int64(rest >= c))
+    rest -= c if rest >= c else b if rest >= b else a if rest >= a else 0.0
+    a = nodes[child]
+    b = a + nodes[child + 1]
+    c = b + nodes[child + 2]
+    child += np.int64(rest >= a) + np.int64(rest >= b) + np.int64(rest >= c)
+    rest -= c if rest >= c else b if rest >= b else a if rest >= a else 0.0
+    while not nodes[child] > 0.0 and child > begin:  # rounding led behind the last one that weighs
+        child -= 1
+        rest = nodes[child] * (1.0 - 2.0**-53)
+    return child, max(rest, 0.0)
+
+
+@njit
+def descend(nodes: np.ndarray, levels: np.ndarray, places: np.ndarray, masses: np.ndarray) -> None:
+    """Find the leaf under each mass: all of them level by level, so that their cache misses overlap."""
+    base = nodes.ctypes.data
+    for level in range(len(levels) - 1, 0, -1):
+        below, next_below = levels[level - 1, 0], levels[max(level - 2, 0), 0]
+        for i in range(len(places)):
+            child, masses[i] = step_down(nodes, below + places[i] * FAN, masses[i])
+            places[i] = child - below
+            if level > 1:
+                prefetch(base + (next_below + places[i] * FAN) * 8)
+                prefetch(base + (next_below + places[i] * FAN) * 8 + 64)
+
+
+@njit
+def find_row(plan: np.ndarray, words: np.ndarray, leaf: int) -> int:
+    """Give the id that a leaf stands for, or -1."""
+    rows = plan[ROWS]
+    lane = leaf // rows
+    if lane >= plan[LANES]:
+        return -1
+    newest = (words[FOLDED + lane] >> 1) - 1
+    row = newest - (newest - leaf + lane * rows) % rows
+    return (lane << LANE_SHIFT) | row if row >= 0 else -1
+
+
+@njit
+def is_start(plan: np.ndarray, rule: np.ndarray, identity: int, limit: int) -> bool:
+    """Tell whether an id found in the tree still starts a sample."""
+    if identity < 0:
+        return False
+    lane, row = identity >> LANE_SHIFT, identity & ROW_MASK
+    if rule[PLAIN]:  # a leaf with a mass was a start when it was folded, and stays one while it is live
+        return not is_stale(plan, lane, row)
+    return starts_here(plan, rule, lane, row, limit)
+
+
+@njit
+def list_masses(
+    plan: np.ndarray, rule: np.ndarray, nodes: np.ndarray, words: np.ndarray, heads: np.ndarray, newest: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """List every valid start and the running sum of their masses: the bounded end of rejection."""
+    lanes, rows = plan[LANES], plan[ROWS]
+    tails = np.empty(lanes, np.int64)
+    for lane in range(lanes):
+        heads[lane] = load_acquire(plan[COMMITTED] + lane * 8)
+        tails[lane] = max(0, load_acquire(plan[RESERVED] + lane * 8) - rows)
+    starts = list_starts(plan, rule, heads, tails)
+    upto, total = np.empty(len(starts), np.float64), 0.0
+    for i in range(len(starts)):
+        lane, row = starts[i] >> LANE_SHIFT, starts[i] & ROW_MASK
+        mass, known = nodes[lane * rows + row % rows], words[FOLDED + lane] >> 1
+        total += newest if row >= known or is_blank(mass) else mass
+        upto[i] = total
+    return starts, upto
+
+
+@kernel(
+    "int64(int64[::1], int64[::1], float64[::1], int64[::1], int64[:, ::1], int64, int64, int64, int64[::1],"
+    " int64[::1], float64[::1])"
+)
+def draw_masses(
+    plan: np.ndarray,
+    rule: np.ndarray,
+    nodes: np.ndarray,
+    words: np.ndarray,
+    levels: np.ndarray,
+    key: int,
+    number: int,
+    attempt: int,
+    ids: np.ndarray,
+    limits: np.ndarray,
+    masses: np.ndarray,
+) -> int:
+    """Draw starts in proportion to their masses; draw ``number + i`` depends on its number, the rows and the tree.
+
+    Args:
+        plan: The storage.
+        rule: The unit's valid starts.
+        nodes: Leaves, then sums, maxima and minima.
+        words: STARTS, then FOLDED of every lane.
+        levels: ``[K, 2]``: where each level's sums begin and how many there are.
+        key: Of seed, stream and rank.
+        number: The first draw's number.
+        attempt: The first attempt's number; above 0 only to repeat a draw that turned out torn.
+        ids: ``[B]``: receives the ids drawn.
+        limits: ``[B]``: receives each lane's head at the draw.
+        masses: ``[B]``: receives the mass of each.
+
+    Returns:
+        B, or NO_START where no valid start has any mass.
+    """
+    count, lanes, rows = len(ids), plan[LANES], plan[ROWS]
+    begins, upto, heads = np.empty(lanes, np.int64), np.empty(lanes, np.int64), np.empty(lanes, np.int64)
+    extra = unfolded(plan, rule, words, begins, upto)
+    folded, newest, _ = root_of(nodes, levels)
+    newest = newest if newest > 0.0 else 1.0
+    starts, sums = np.empty(0, np.int64), np.empty(0, np.float64)
+    bits, places, rest = np.empty(count, np.uint64), np.zeros(count, np.int64), np.empty(count, np.float64)
+    philox_all(key, number, attempt, bits)
+    one_place, one_rest = np.empty(1, np.int64), np.empty(1, np.float64)
+    total = folded + extra * newest
+    if not total > 0.0:
+        return NO_START
+    for i in range(count):
+        rest[i] = unit_float(bits[i]) * total
+    if extra == 0:
+        descend(nodes, levels, places, rest)
+    for i in range(count):
+        ids[i], masses[i], limits[i] = find_row(plan, words, places[i]), nodes[places[i]], 0
+        if ids[i] >= 0:
+            limits[i] = load_acquire(plan[COMMITTED] + (ids[i] >> LANE_SHIFT) * 8)
+            prefetch(record_of(plan, ids[i] >> LANE_SHIFT, ids[i] & ROW_MASK))
+    for i in range(count):
+        drawn = extra == 0 and masses[i] > 0.0 and is_start(plan, rule, ids[i], limits[i])
+        retry = 0 if extra > 0 else 1
+        while not drawn:
+            if retry == TRIES:
+                if len(starts) == 0:
+                    starts, sums = list_masses(plan, rule, nodes, words, heads, newest)
+                    if len(starts) == 0 or not sums[-1] > 0.0:
+                        return NO_START
+                chosen = np.searchsorted(sums, unit_float(philox(key, number + i, attempt + TRIES)) * sums[-1], "right")
+                chosen = min(chosen, len(starts) - 1)
+                while chosen > 0 and not sums[chosen] > sums[chosen - 1]:
+                    chosen -= 1
+                ids[i], limits[i] = starts[chosen], heads[starts[chosen] >> LANE_SHIFT]
+                masses[i] = sums[chosen] - (sums[chosen - 1] if chosen > 0 else 0.0)
+                break
+            mass = unit_float(philox(key, number + i, attempt + retry)) * total
+            retry += 1
+            if mass >= folded:  # a row that no tick has folded in yet
+                index = min(extra - 1, np.int64((mass - folded) / newest))
+                lane = lane_of(upto, index)
+                row = begins[lane] + index - (upto[lane - 1] if lane > 0 else 0)
+                limits[i], ids[i] = load_acquire(plan[COMMITTED] + lane * 8), (lane << LANE_SHIFT) | row
+                fresh = row >= words[FOLDED + lane] >> 1 or is_blank(nodes[lane * rows + row % rows])
+                drawn, masses[i] = fresh and starts_here(plan, rule, lane, row, limits[i]), newest
+            else:
+                one_place[0], one_rest[0] = 0, mass
+                descend(nodes, levels, one_place, one_rest)
+                ids[i], masses[i] = find_row(plan, words, one_place[0]), nodes[one_place[0]]
+                if ids[i] >= 0 and masses[i] > 0.0:
+                    limits[i] = load_acquire(plan[COMMITTED] + (ids[i] >> LANE_SHIFT) * 8)
+                    drawn = is_start(plan, rule, ids[i], limits[i])
+    return count
+
+
+@kernel("int64(int64[::1], int64[::1])")
+def is_behind(plan: np.ndarray, words: np.ndarray) -> int:
+    """Tell whether anything was written since the lanes were folded.
+
+    Args:
+        plan: The storage.
+        words: STARTS, then FOLDED of every lane.
+
+    Returns:
+        1 or 0.
+    """
+    for lane in range(plan[LANES]):
+        head = load_acquire(plan[COMMITTED] + lane * 8)
+        if head != words[FOLDED + lane] >> 1:
+            return 1
+        if is_closed(plan, lane, head) and not words[FOLDED + lane] & 1:
+            return 1
+    return 0
+
+
+@kernel("int64(int64[::1], int64[::1], float64[::1])")
+def check_updates(plan: np.ndarray, ids: np.ndarray, values: np.ndarray) -> int:
+    """Count the ids whose step is still stored.
+
+    Args:
+        plan: The storage.
+        ids: ``[B]``; -1 stands for a row that was lost when it was added.
+        values: ``[B]``.
+
+    Returns:
+        How many; or ``-1 - 2 i`` where id i was never given out, ``-2 - 2 i`` where value i is no priority.
+    """
+    live = 0
+    for i in range(len(ids)):
+        lane, row = ids[i] >> LANE_SHIFT, ids[i] & ROW_MASK
+        if not 0.0 <= values[i] < np.inf:
+            return -2 - 2 * i
+        if ids[i] == -1:
+            continue
+        if lane < 0 or lane >= plan[LANES] or row >= load_acquire(plan[COMMITTED] + lane * 8) - 1:
+            return -1 - 2 * i
+        live += not is_stale(plan, lane, row)
+    return live
+
+
+@kernel("void(int64[::1], float64[::1], int64[::1], int64[:, ::1], int64[::1], float64[::1], float64)")
+def set_priorities(
+    plan: np.ndarray,
+    nodes: np.ndarray,
+    words: np.ndarray,
+    levels: np.ndarray,
+    ids: np.ndarray,
+    values: np.ndarray,
+    alpha: float,
+) -> None:
+    """Give starts new priorities; ids overwritten or that start nothing are left out, the last of a duplicate wins.
+
+    Args:
+        plan: The storage.
+        nodes: Leaves, then sums, maxima and minima.
+        words: STARTS, then FOLDED of every lane.
+        levels: ``[K, 2]``: where each level's sums begin and how many there are.
+        ids: ``[B]``.
+        values: ``[B]``, >= 0.
+        alpha: Exponent.
+    """
+    rows, count = plan[ROWS], 0
+    touched, base = np.empty(len(ids), np.int64), nodes.ctypes.data
+    for i in range(len(ids)):
+        prefetch(base + ((ids[i] >> LANE_SHIFT) * rows + (ids[i] & ROW_MASK) % rows) * 8)
+    for i in range(len(ids)):
+        lane, row = ids[i] >> LANE_SHIFT, ids[i] & ROW_MASK
+        if ids[i] < 0 or is_stale(plan, lane, row) or row >= words[FOLDED + lane] >> 1:
+            continue
+        leaf = lane * rows + row % rows
+        if not is_blank(nodes[leaf]):
+            nodes[leaf] = values[i] ** alpha if values[i] > 0.0 else -0.0
+            touched[count] = leaf >> FAN_BITS
+            count += 1
+    touched = np.sort(touched[:count])
+    refresh(nodes, levels, touched, count)
+
+
+@kernel("void(float64[::1], int64[:, ::1])")
+def rebuild(nodes: np.ndarray, levels: np.ndarray) -> None:
+    """Compute every inner node from the leaves.
+
+    Args:
+        nodes: Leaves, then sums, maxima and minima.
+        levels: ``[K, 2]``: where each level's sums begin and how many there are.
+    """
+    refresh(nodes, levels, np.arange(levels[0, 1] // FAN), levels[0, 1] // FAN)
