@@ -22,10 +22,12 @@ from rlfeed.replay.kernels.rows import (
     entry_row,
     is_stale,
     lane_span,
-    slot_of,
+    slot_by,
 )
 from rlfeed.replay.kernels.starts import GRID, PLAIN, list_starts, starts_here
 from rlfeed.replay.kernels.words import kernel, load_acquire, load_u8, prefetch
+
+BLOCK = 256  # draws at a time: their numbers and the first lines of their rows stay in the first cache
 
 
 @njit
@@ -147,45 +149,43 @@ def draw_steps(
     total = candidates(plan, heads, tails, upto)
     if total == 0:
         return NO_START
-    rows, records, stride = plan[ROWS], plan[RECORDS], plan[STRIDE]
-    bits, spots = np.empty(count, np.uint64), np.empty(count, np.int64)
-    first = np.empty(lanes, np.int64)
-    for lane in range(lanes):
-        first[lane] = slot_of(plan, tails[lane])
-    philox_all(key, number, attempt, bits)
-    for i in range(count):
-        index = below(bits[i], total)
-        lane = lane_of(upto, index)
-        row = heads[lane] - 1 - (upto[lane] - index)
-        slot = first[lane] + row - tails[lane]
-        spots[i] = records + (lane * rows + (slot if slot < rows else slot - rows)) * stride
-        prefetch(spots[i])
-        ids[i], limits[i] = (lane << LANE_SHIFT) | row, heads[lane]
+    rows, records, stride, inverse = plan[ROWS], plan[RECORDS], plan[STRIDE], 1.0 / np.float64(plan[ROWS])
+    bits, spots = np.empty(BLOCK, np.uint64), np.empty(BLOCK, np.int64)
     # Of a grid of starts a try meets one in so many.
     plain, tries = rule[PLAIN] != 0, min(TRIES * rule[GRID], MOST_TRIES)
     starts, listed = np.empty(0, np.int64), False
-    for i in range(count):
-        lane, row, retry = ids[i] >> LANE_SHIFT, ids[i] & ROW_MASK, 1
-        if plain and not load_u8(spots[i] + FLAGS) & CLOSING and not is_stale(plan, lane, row):
-            continue
-        while not starts_here(plan, rule, lane, row, limits[i]):
-            if retry == tries:
-                if not listed:
-                    starts, listed = list_starts(plan, rule, heads, tails), True
-                if len(starts) > 0:
-                    row = starts[below(philox(key, number + i, attempt + tries), len(starts))]
-                    ids[i], limits[i] = row, heads[row >> LANE_SHIFT]
-                    break
-                if not is_overtaken(plan, heads, tails):
-                    return NO_START
-                total, retry, listed = candidates(plan, heads, tails, upto), 0, False
-                if total == 0:
-                    return NO_START
-            index = below(philox(key, number + i, attempt + retry), total)
+    for begin in range(0, count, BLOCK):
+        end = min(count, begin + BLOCK)
+        philox_all(key, number + begin, attempt, bits[: end - begin])
+        for i in range(begin, end):
+            index = below(bits[i - begin], total)
             lane = lane_of(upto, index)
             row = heads[lane] - 1 - (upto[lane] - index)
+            spots[i - begin] = records + (lane * rows + slot_by(rows, inverse, row)) * stride
+            prefetch(spots[i - begin])
             ids[i], limits[i] = (lane << LANE_SHIFT) | row, heads[lane]
-            retry += 1
+        for i in range(begin, end):
+            lane, row, retry = ids[i] >> LANE_SHIFT, ids[i] & ROW_MASK, 1
+            if plain and not load_u8(spots[i - begin] + FLAGS) & CLOSING and not is_stale(plan, lane, row):
+                continue
+            while not starts_here(plan, rule, lane, row, limits[i]):
+                if retry == tries:
+                    if not listed:
+                        starts, listed = list_starts(plan, rule, heads, tails), True
+                    if len(starts) > 0:
+                        row = starts[below(philox(key, number + i, attempt + tries), len(starts))]
+                        ids[i], limits[i] = row, heads[row >> LANE_SHIFT]
+                        break
+                    if not is_overtaken(plan, heads, tails):
+                        return NO_START
+                    total, retry, listed = candidates(plan, heads, tails, upto), 0, False
+                    if total == 0:
+                        return NO_START
+                index = below(philox(key, number + i, attempt + retry), total)
+                lane = lane_of(upto, index)
+                row = heads[lane] - 1 - (upto[lane] - index)
+                ids[i], limits[i] = (lane << LANE_SHIFT) | row, heads[lane]
+                retry += 1
     return count
 
 

@@ -27,6 +27,7 @@ from rlfeed.replay.kernels.rows import (
     STRIDE,
     TERMINATED,
     TRUNCATED,
+    slot_by,
 )
 from rlfeed.replay.kernels.words import (
     copy_row,
@@ -48,18 +49,11 @@ BLOCK = 32  # rows at a time: those of two blocks stay in the first cache
 def place_rows(
     rows: int, ids: np.ndarray, todo: np.ndarray, n_step: int, here: np.ndarray, there: np.ndarray
 ) -> None:
-    """Find the places of rows, over all lanes, and those of their successors where no episode ends before.
-
-    The remainder by ``rows`` is taken in float64: a 44-bit row is exact in it, the quotient is off by at most one, and
-    that is a tenth of what an integer division costs.
-    """
+    """Find the places of rows, over all lanes, and those of their successors where no episode ends before."""
     inverse = 1.0 / np.float64(rows)
     for i in range(len(todo)):
-        lane, row = ids[todo[i]] >> LANE_SHIFT, ids[todo[i]] & ROW_MASK
-        slot = row - np.int64(np.float64(row) * inverse) * rows
-        slot += rows if slot < 0 else 0
-        slot -= rows if slot >= rows else 0
-        here[i] = lane * rows + slot
+        slot = slot_by(rows, inverse, ids[todo[i]] & ROW_MASK)
+        here[i] = (ids[todo[i]] >> LANE_SHIFT) * rows + slot
         there[i] = here[i] + n_step - (rows if slot + n_step >= rows else 0)
 
 

@@ -41,6 +41,17 @@ def slot_of(plan: np.ndarray, row: int) -> int:
 
 
 @njit
+def slot_by(rows: int, inverse: float, row: int) -> int:
+    """Give what `slot_of` gives, in loops over many rows: a multiplication costs a tenth of a division.
+
+    A 44-bit row is exact in float64, so the quotient by ``inverse = 1 / rows`` is off by at most one.
+    """
+    slot = row - np.int64(np.float64(row) * inverse) * rows
+    slot += rows if slot < 0 else 0
+    return slot - rows if slot >= rows else slot
+
+
+@njit
 def record_of(plan: np.ndarray, lane: int, row: int) -> int:
     """Give the address of a row's record."""
     return plan[RECORDS] + (lane * plan[ROWS] + slot_of(plan, row)) * plan[STRIDE]
