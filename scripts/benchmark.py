@@ -22,7 +22,7 @@ from typing import TypeVar
 
 import torch
 from contest import Case, Contest, ratio
-from contestants import Bare, Contestant, Draw, NotServedError, Rlfeed
+from contestants import Bare, Contestant, Draw, NotServedError, Rlfeed, transitions
 from peers import PEERS
 from torch.utils.data import DataLoader
 from workloads import (
@@ -98,7 +98,7 @@ class ReplayBenchmark:
         for count in (256, 4096):
             batch = buffer.sample(count, Transition())
             own = {
-                "rlfeed, n_step=3": lambda n=count: buffer.sample(n, Transition(n_step=3)),
+                "rlfeed, n_step=3": lambda n=count: transitions(buffer.sample(n, Transition(n_step=3))),
                 "rlfeed, its draws alone": lambda n=count: sampler.draw(1, next(numbers) * n, n),
                 "rlfeed, its block shown as tensors, alone": lambda b=batch: tensors_of(b),
             }
@@ -184,7 +184,7 @@ class ReplayBenchmark:
         rlfeed, bare = Rlfeed(lanes=64), Bare()
         for size in sizes:
             buffer = rlfeed.hold(stream, size)
-            cases[f"rlfeed, {size:,} rows"] = lambda b=buffer: b.sample(256, Transition()).reward
+            cases[f"rlfeed, {size:,} rows"] = lambda b=buffer: transitions(b.sample(256, Transition()))
         for size in sizes:
             draw = bare.hold(stream, size)
             cases[f"{bare.name}, {size:,} rows"] = lambda d=draw: d(256)
