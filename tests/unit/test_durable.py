@@ -229,3 +229,97 @@ def test_make_directory_creates_parents_and_takes_an_existing_one(tmp_path):
     durable.make_directory(tmp_path / "a" / "b")
 
     assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_write_hashed_gives_the_digest_of_a_file_that_is_on_the_disk(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd).st_ino), fsync(fd)))
+    digest = durable.write_hashed(tmp_path / "f", [b"a", memoryview(b"b"), np.frombuffer(b"c", np.uint8)])
+
+    assert digest == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of abc
+    assert (tmp_path / "f").read_bytes() == b"abc"
+    assert synced == [(tmp_path / "f").stat().st_ino]
+
+
+def test_write_hashed_disk_refuses_says_where(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="/f'"):
+            durable.write_hashed(tmp_path / "f", [bytes(2000)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The names of the files that are read to be hashed."""
+    names, file_digest = [], durable.hashlib.file_digest
+
+    def record(file, algorithm):
+        names.append(Path(file.name).name)
+        return file_digest(file, algorithm)
+
+    monkeypatch.setattr(durable.hashlib, "file_digest", record)
+    return names
+
+
+def test_build_directory_known_digests_are_not_computed_again(tmp_path, hashed):
+    digests = {}
+    with durable.build_directory(tmp_path / "built", digests=digests) as building:
+        digests["a"] = durable.write_hashed(building / "a", [b"abc"])
+        (building / "b").write_bytes(b"b")
+
+    assert hashed == ["b"]
+    assert durable.digests_of(tmp_path / "built").keys() == {"a", "b"}
+    durable.verify_directory(tmp_path / "built")
+    (tmp_path / "built" / "a").write_bytes(b"abd")
+    with pytest.raises(CheckpointError, match="a was changed"):
+        durable.verify_directory(tmp_path / "built")
+
+
+def build_nested(path):
+    with durable.build_directory(path, {"env_steps": 7}) as building:
+        (building / "a").write_bytes(b"a")
+        with durable.build_directory(building / "inner" / "replay") as inside:
+            (inside / "rows").write_bytes(b"rows")
+
+
+def test_build_directory_built_inside_is_hashed_once_and_covered(tmp_path, hashed):
+    build_nested(tmp_path / "built")
+
+    assert hashed == ["rows", "a", "MANIFEST.json"]
+    assert durable.verify_directory(tmp_path / "built") == {"env_steps": 7}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("rows", r"replay: is damaged: rows was changed"), ("MANIFEST.json", r"inner/replay/MANIFEST\.json was changed")],
+)
+def test_verify_directory_damage_in_a_directory_built_inside_is_found(tmp_path, name, message):
+    build_nested(tmp_path / "built")
+    file = tmp_path / "built" / "inner" / "replay" / name
+    content = bytearray(file.read_bytes())
+    content[1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        durable.verify_directory(tmp_path / "built")
+
+
+def test_verify_directory_linked_files_can_be_spared(built, hashed):
+    with durable.build_directory(built.with_name("next")) as building:
+        os.link(built / "inner" / "a.bin", building / "a.bin")
+        (building / "new").write_bytes(b"new")
+    hashed.clear()
+    durable.verify_directory(built.with_name("next"), linked=False)
+
+    assert hashed == ["new"]
+    durable.verify_directory(built.with_name("next"))
+    assert hashed == ["new", "a.bin", "new"]
+
+
+def test_verify_directory_manifest_in_other_words_is_an_error(built):
+    text = (built / "MANIFEST.json").read_bytes()
+    (built / "MANIFEST.json").write_bytes(text.replace(b"\n", b" ", 1))
+    with pytest.raises(CheckpointError, match="is not as it was written"):
+        durable.verify_directory(built)
