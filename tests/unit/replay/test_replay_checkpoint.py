@@ -34,7 +34,7 @@ from rlfeed.types import Step
 
 SPACE = gymnasium.spaces.Dict(vector=Box(-np.inf, np.inf, (3,), np.float32), image=Box(0, 255, (40, 40), np.uint8))
 UNITS = (Transition(n_step=3), Episode(), Sequence(2, burn_in=1))
-RESERVED = 1
+RESERVED, EPISODES, STEPS = 1, 2, 3  # lines of Storage.heads
 
 
 class Driver:
@@ -126,6 +126,36 @@ def test_load_next_hundred_batches_are_identical_while_both_go_on(tmp_path):
     for _ in range(34):
         assert_equal_buffers(loaded, driver.buffer, batches=1)
         driver.go_on(2, loaded)
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_load_directory_names_the_first_row_of_every_live_episode(seed, tmp_path):
+    driver = Driver(seed)
+    driver.go_on(300)
+    driver.buffer.save(tmp_path / "saved")
+    storage = ReplayBuffer.load(tmp_path / "saved")._storage
+    size = storage.lanes * storage.entries * 4
+    directory = storage.memory.bytes[storage.directory_offset :][:size].view(np.uint32).reshape(storage.lanes, -1)
+    checked = 0
+    for lane, twin in enumerate(driver.twin.lanes):
+        for row in twin.live():
+            if twin.rows[row].index == 0:
+                assert directory[lane, twin.rows[row].episode % storage.entries] == row % storage.rows
+                checked += 1
+    assert checked > 5
+
+
+@pytest.mark.parametrize("ahead", [{RESERVED: 2}, {RESERVED: 1, EPISODES: 1}, {RESERVED: 2, EPISODES: 1, STEPS: 1}], ids=str)
+def test_save_beside_a_writer_that_was_killed_in_a_step_holds_what_was_committed(ahead, tmp_path):
+    driver = Driver(lanes=1)
+    driver.go_on(100)
+    for line, change in ahead.items():
+        driver.buffer._storage.heads()[line] += change
+    driver.buffer.save(tmp_path / "saved")
+    loaded = ReplayBuffer.load(tmp_path / "saved")
+    driver.twin.lanes[0].capacity -= ahead[RESERVED]
+    assert_holds(loaded, driver.twin)
+    assert loaded._storage.heads()[EPISODES, 0] == driver.twin.lanes[0].episodes
 
 
 @pytest.mark.parametrize("kind", ["private", "memmap"])
