@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -64,11 +65,7 @@ def write_json(path: Path | str, value: Any) -> None:
         FieldError: If JSON cannot say the value.
         OSError: If the disk refuses; what stood at ``path`` is untouched.
     """
-    try:
-        text = _render(value)
-    except (TypeError, ValueError) as error:
-        raise FieldError(f"{path}: cannot be written as JSON, {error}; expected plain finite values.") from error
-    write_bytes(path, text)
+    write_bytes(path, _render(value, path))
 
 
 def write_hashed(path: Path | str, parts: Iterable[bytes | memoryview | np.ndarray]) -> str:
@@ -79,7 +76,7 @@ def write_hashed(path: Path | str, parts: Iterable[bytes | memoryview | np.ndarr
         parts: Bytes, or uint8 arrays; each is written before the next is asked for.
 
     Returns:
-        Its SHA-256, for `build_directory`; the file is flushed to the disk.
+        Its SHA-256, for `build_directory`, which flushes the file to the disk.
 
     Raises:
         OSError: If the disk refuses.
@@ -92,7 +89,6 @@ def write_hashed(path: Path | str, parts: Iterable[bytes | memoryview | np.ndarr
                 digest.update(view)
                 while view:
                     view = view[file.write(view) :]
-            os.fsync(file.fileno())
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
@@ -201,8 +197,10 @@ def build_directory(
         _write_manifest(temporary, dict(info or {}), digests or {})
         temporary.replace(target)
         _sync(target.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(target)
         raise
 
 
@@ -223,7 +221,7 @@ def verify_directory(path: Path | str, *, linked: bool = True) -> dict[str, Any]
     directory = Path(path)
     manifest = read_json(directory / MANIFEST)
     try:
-        text = _render(manifest)
+        text = _render(manifest, directory)
         if manifest["schema"] != SCHEMA:
             raise CheckpointError(
                 f"{directory / MANIFEST}: has schema {manifest['schema']!r}; expected {SCHEMA}. "
@@ -299,34 +297,45 @@ def _sync(path: Path) -> None:
 
 def _write_manifest(directory: Path, info: dict[str, Any], digests: Mapping[str, str]) -> None:
     files: dict[str, dict[str, Any]] = {}
-    for file in _files(directory):
-        name = file.relative_to(directory).as_posix()
+    new = [directory, directory / MANIFEST]
+    for entry, name in _entries(directory):
+        if entry.is_dir():
+            new.append(Path(entry))
+            continue
         digest = digests.get(name)
         if digest is None:
-            with file.open("rb") as opened:
+            with Path(entry).open("rb") as opened:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
-                os.fsync(opened.fileno())
-        files[name] = {"bytes": file.stat().st_size, "sha256": digest}
-    manifest = {"schema": SCHEMA, "files": files, "info": info}
-    write_json(directory / MANIFEST, {**manifest, "sha256": _digest(manifest)})
+        if entry.stat().st_nlink == 1:  # what stands in another directory was flushed with that
+            new.append(Path(entry))
+        files[name] = {"bytes": entry.stat().st_size, "sha256": digest}
+    manifest: dict[str, Any] = {"schema": SCHEMA, "files": files, "info": info}
+    manifest["sha256"] = _digest(manifest)
+    (directory / MANIFEST).write_bytes(_render(manifest, directory))
+    with ThreadPoolExecutor(min(len(new), 8)) as threads:  # a disk flushes several files in the time of one
+        list(threads.map(_sync, new))
 
 
-def _files(directory: Path) -> Iterator[Path]:
-    """List the files of a directory and below, but of a directory that was built only its manifest."""
-    for entry in sorted(directory.iterdir()):
+def _entries(directory: Path, prefix: str = "") -> Iterator[tuple[os.DirEntry[str], str]]:
+    """List what is in a directory and below, by name; but of a directory that was built only its manifest."""
+    with os.scandir(directory) as scan:
+        entries = sorted(scan, key=lambda entry: entry.name)
+    built = prefix and any(entry.name == MANIFEST for entry in entries)
+    for entry in entries:
+        name = prefix + entry.name
         if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
-            raise FieldError(f"{entry}: is not a plain file; expected files and directories only.")
-        if entry.is_file():
-            yield entry
-        elif (entry / MANIFEST).is_file():
-            yield entry / MANIFEST
-        else:
-            yield from _files(entry)
-            _sync(entry)
+            raise FieldError(f"{entry.path}: is not a plain file; expected files and directories only.")
+        if not built or entry.name == MANIFEST:
+            yield entry, name
+            if entry.is_dir():
+                yield from _entries(Path(entry), f"{name}/")
 
 
-def _render(value: Any) -> bytes:
-    return json.dumps(value, indent=2, allow_nan=False).encode() + b"\n"
+def _render(value: Any, where: Path | str) -> bytes:
+    try:
+        return json.dumps(value, indent=2, allow_nan=False).encode() + b"\n"
+    except (TypeError, ValueError) as error:
+        raise FieldError(f"{where}: cannot be written as JSON, {error}; expected plain finite values.") from error
 
 
 def _digest(manifest: dict[str, Any]) -> str:

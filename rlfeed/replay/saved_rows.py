@@ -64,15 +64,18 @@ class Saved:
             Whether all of them could be linked; otherwise none is. The directory may have been removed meanwhile, or
             lie on another file system.
         """
+        target = os.open(building, os.O_RDONLY | os.O_DIRECTORY)
         try:
             for name in names:
-                os.link(name, building / name, src_dir_fd=self.descriptor)
-                if (building / name).stat().st_size != self.files[name].nbytes:
+                os.link(name, name, src_dir_fd=self.descriptor, dst_dir_fd=target)
+                if os.stat(name, dir_fd=target).st_size != self.files[name].nbytes:
                     raise OSError(f"{name}: is damaged")
         except OSError:
             for name in names:
                 (building / name).unlink(missing_ok=True)
             return False
+        finally:
+            os.close(target)
         return True
 
 
