@@ -63,6 +63,7 @@ from rlfeed.replay.kernels.rows import (
     TRIES,
     TRUNCATED,
     WRITTEN_BACK,
+    carry_entry,
     count_steps,
 )
 from rlfeed.replay.kernels.starts import ALIGNED, BACK, CROSS, ENDED, GRID, NEED, PLAIN, RULE_SIZE, STRICT, WHOLE
@@ -166,6 +167,7 @@ __all__ = [
     "WINDOW_SIZE",
     "WRITTEN",
     "WRITTEN_BACK",
+    "carry_entry",
     "check_updates",
     "choose_lane",
     "claim_lane",
