@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gymnasium.spaces import Box, Discrete
+from support.batches import assert_same
 from support.replay_driver import Driver, assert_equal_buffers, assert_holds, row_files
 from support.replay_twin import make_step
 
@@ -69,6 +70,30 @@ def test_load_next_hundred_batches_are_identical_while_both_go_on(tmp_path):
     for _ in range(34):
         assert_equal_buffers(loaded, driver.buffer, batches=1)
         driver.go_on(2, loaded)
+
+
+@pytest.mark.parametrize(
+    "sampler", [Prioritized(), Recent(40.0), Mixture({Uniform(): 0.25, Prioritized(0.9): 0.75})], ids=repr
+)
+def test_load_next_hundred_batches_of_any_sampler_are_identical_priorities_included(sampler, tmp_path):
+    """Trap 32: priorities that do not come back, or only once."""
+    driver = Driver(seed=2, sampler=sampler)
+    unit, copies, prioritized = Transition(n_step=2), [], not isinstance(sampler, Recent)
+    for number in range(100):
+        driver.go_on(2, *copies)
+        if number in (20, 21, 60):
+            source = copies[0] if number == 60 else driver.buffer  # the second generation is saved of a loaded one
+            source.save(tmp_path / str(number))
+            copies.insert(0, ReplayBuffer.load(tmp_path / str(number)))
+        batch = driver.buffer.sample(16, unit)
+        others = [copy.sample(16, unit) for copy in copies]
+        for other in others:
+            assert_same(other, batch)
+        if prioritized:
+            values = driver.generator.random(16)
+            for buffer, given in zip((driver.buffer, *copies), (batch, *others), strict=True):
+                buffer.update_priorities(given.ids, values)
+    assert [copy.sampler for copy in copies] == [sampler] * 3
 
 
 @pytest.mark.parametrize("seed", [3, 4])
