@@ -14,7 +14,7 @@ FINAL = -100.0  # stands in final observations only: what a reset shows has anot
 
 @dataclass(frozen=True)
 class Stream:
-    """Hold steps of one environment in columns; episodes of 5 to 200 steps, each terminated, the last one perhaps cut.
+    """Hold steps of one environment in columns: episodes of 5 to 200 steps, each terminated, the last one early.
 
     Args:
         observation: ``[n, 17]``; the first number is the step's.
@@ -84,7 +84,7 @@ def make_stream(length: int, seed: int = 0) -> Stream:
     observation[:, 0], action[:, 0] = np.arange(length + 1), np.arange(length)
     ends = np.cumsum(generator.integers(5, 201, length // 5 + 1)) - 1
     terminated = np.zeros(length, bool)
-    terminated[ends[ends < length]] = True
+    terminated[ends[ends < length]] = terminated[-1] = True
     following = observation[1:].copy()
     following[terminated, 1] = FINAL
     reward = generator.standard_normal(length, dtype=np.float32)
@@ -102,7 +102,7 @@ def make_steps(count: int, num_envs: int) -> list[Step]:
         The steps.
     """
     steps = make_stream(count * num_envs).steps(num_envs)
-    steps[-1].terminated[:] = True
+    steps[-1].terminated[:], steps[-1].next_observation[:, 1] = True, FINAL
     return steps
 
 
@@ -188,18 +188,14 @@ def check_transitions(sample: dict[str, Tensor], count: int) -> None:
     Raises:
         WrongSampleError: If not.
     """
-    number = sample["observation"][:, 0]
-    following, ended = sample["next_observation"], sample["terminated"].reshape(-1) > 0
-    right = (
-        sample["observation"].shape == following.shape == (count, FLOATS)
-        and sample["action"].shape == (count, ACTIONS)
-        and sample["reward"].numel() == count
-        and all(field.dtype == torch.float32 for field in (number, following, sample["action"], sample["reward"]))
-        and bool((following[:, 0] == number + 1).all() and (sample["action"][:, 0] == number).all())
-        and bool(((following[:, 1] == FINAL) == ended).all())
-    )
-    if not right:
-        raise WrongSampleError(f"transitions: {sample}")
+    observation, following, action = sample["observation"], sample["next_observation"], sample["action"]
+    ended = sample["terminated"].reshape(-1) > 0
+    _require(observation.shape == following.shape == (count, FLOATS) and action.shape == (count, ACTIONS), "shapes")
+    _require(len(ended) == sample["reward"].numel() == count, "there are one reward and one flag each")
+    _require({observation.dtype, following.dtype, action.dtype, sample["reward"].dtype} == {torch.float32}, "dtypes")
+    _require((action[:, 0] == observation[:, 0]).all(), "actions are of their steps")
+    _require((following[:, 0] == observation[:, 0] + 1).all(), "successors are of their steps")
+    _require(((following[:, 1] == FINAL) == ended).all(), "final observations are where episodes end")
 
 
 def check_pixels(sample: dict[str, Tensor], count: int) -> None:
@@ -213,13 +209,12 @@ def check_pixels(sample: dict[str, Tensor], count: int) -> None:
         WrongSampleError: If not.
     """
     observation, following = sample["observation"], sample["next_observation"]
-    right = observation.shape == following.shape == (count, 4, *FRAME) and observation.dtype == torch.uint8
-    if right:
-        before, now, after = _number(observation[:, 2]), _number(observation[:, 3]), _number(following[:, 3])
-        ended = sample["terminated"].reshape(-1) > 0  # not every peer has the final frame
-        right = bool(((now - before) <= 1).all() and ((after == now + 1) | ended).all())
-    if not right:
-        raise WrongSampleError(f"pixels: {observation.shape} {observation.dtype} or their frames are not in order")
+    _require(observation.shape == following.shape == (count, 4, *FRAME), "shapes")
+    _require(observation.dtype == following.dtype == torch.uint8, "dtypes")
+    before, now, after = _number(observation[:, 2]), _number(observation[:, 3]), _number(following[:, 3])
+    ended = sample["terminated"].reshape(-1) > 0  # not every peer has the final frame
+    _require(((now == before + 1) | (now == before)).all(), "frames are in order")
+    _require(((after == now + 1) | ended).all(), "successors are one frame later")
 
 
 def _number(frames: Tensor) -> Tensor:
@@ -227,7 +222,7 @@ def _number(frames: Tensor) -> Tensor:
 
 
 def check_padded(sample: dict[str, Tensor], count: int, most: int) -> None:
-    """Check that padded parts of episodes are consecutive steps that end at an end and nowhere cross one.
+    """Check that padded parts of episodes are consecutive steps, none of them across an end.
 
     Args:
         sample: What a contestant gave.
@@ -238,15 +233,14 @@ def check_padded(sample: dict[str, Tensor], count: int, most: int) -> None:
         WrongSampleError: If not.
     """
     mask, lengths = sample["mask"], sample["lengths"]
-    steps = mask.shape[1]
-    number, ended = sample["observation"][:, :steps, 0], sample["terminated"].reshape(mask.shape)
-    inside = mask[:, 1:]
-    right = (
-        len(mask) == count
-        and steps <= most
-        and bool((mask.sum(1) == lengths).all() and (lengths > 0).all())
-        and bool(((number[:, 1:] - number[:, :-1] == 1) | ~inside).all())
-        and not bool((ended[:, :-1] & inside).any())
-    )
+    number, inside = sample["observation"][:, : mask.shape[1], 0], mask[:, 1:]
+    ended = sample["terminated"].reshape(mask.shape)
+    _require(len(mask) == count and mask.shape[1] <= most, "shapes")
+    _require((mask.sum(1) == lengths).all() and (lengths > 0).all(), "lengths are what the mask says")
+    _require(((number[:, 1:] == number[:, :-1] + 1) | ~inside).all(), "steps are consecutive")
+    _require(not (ended[:, :-1] & inside).any(), "nothing goes on after an end")
+
+
+def _require(right: bool | Tensor, what: str) -> None:
     if not right:
-        raise WrongSampleError(f"padded: {sample}")
+        raise WrongSampleError(f"expected that {what}" if " " in what else f"expected other {what}")
