@@ -2,8 +2,10 @@ import shutil
 
 import numpy as np
 import pytest
+from support.replay_driver import Driver, row_files
 
 from rlfeed.errors import CheckpointError
+from rlfeed.replay import ReplayBuffer
 from rlfeed.train.checkpoint import LATEST, Checkpoints
 
 
@@ -172,3 +174,20 @@ def test_load_unknown_name_is_an_error(checkpoints):
     save(checkpoints, 10)
     with pytest.raises(CheckpointError, match=r"actor\.state: cannot be read"):
         checkpoints.latest().load("actor")
+
+
+def test_save_replay_is_linked_from_checkpoint_to_checkpoint_while_old_ones_go(tmp_path):
+    driver, checkpoints = Driver(rows=200), Checkpoints(tmp_path / "checkpoints")
+    for number in range(4):
+        driver.go_on(150 if number == 0 else 5)
+        path = checkpoints.save(number, {}, {"replay": driver.buffer.save})
+        driver.go_on(1)
+    last, before = (checkpoint / "replay" for checkpoint in reversed(checkpoints.paths()))
+
+    assert last == path / "replay"
+    assert row_files(last) == ["rows-000000", "rows-000001", "rows-000002", "rows-000003"]
+    assert all((last / name).samefile(before / name) for name in row_files(before))
+    assert ReplayBuffer.load(checkpoints.latest().path / "replay").stats().inserted < driver.buffer.stats().inserted
+    (last / "rows-000003").write_bytes(b"")
+    with pytest.warns(RuntimeWarning, match="rows-000003 has 0 bytes"):
+        assert checkpoints.latest().env_steps == 2
