@@ -99,7 +99,7 @@ class Checkpoints:
             The checkpoint's directory.
 
         Raises:
-            CheckpointError: If there is a later one, a replay cannot be written, or what was written does not read back.
+            CheckpointError: If there is a later one, a replay cannot be written, or it does not read back.
             OSError: If the disk refuses; the checkpoints before are untouched.
         """
         make_directory(self.directory)
