@@ -96,17 +96,57 @@ def copy_field(
 
 
 @njit
-def store_computed(
-    block: int, out: np.ndarray, i: int, identity: int, total: float, weight: float, flags: int
+def store_single(
+    plan: np.ndarray,
+    gamma: float,
+    block: int,
+    out: np.ndarray,
+    todo: np.ndarray,
+    rows: np.ndarray,
+    upcoming: np.ndarray,
 ) -> None:
-    """Store what is computed for one transition."""
-    terminated = flags & TERMINATED != 0
-    store_f32(block + out[0] + i * 4, np.float32(total))
-    store_u8(block + out[1] + i, np.uint8(terminated))
-    store_u8(block + out[2] + i, np.uint8(flags & TRUNCATED != 0))
-    store_f32(block + out[3] + i * 4, np.float32(0.0) if terminated else np.float32(weight))
-    store_f32(block + out[4] + i * 4, np.float32(1.0))
-    store_i64(block + out[5] + i * 8, identity)
+    """Store what is computed for one-step transitions: `store_summed` without the sum, at half its price."""
+    records, stride, reward, discount = plan[RECORDS], plan[STRIDE], plan[REWARD], np.float32(gamma)
+    rewards, terminated, truncated, discounts = block + out[0], block + out[1], block + out[2], block + out[3]
+    for i in range(len(rows)):
+        at, record = todo[i], records + rows[i] * stride
+        flags = load_u8(record + FLAGS)
+        store_f32(rewards + at * 4, load_f32(record + reward))
+        store_u8(terminated + at, flags & TERMINATED != 0)
+        store_u8(truncated + at, flags & TRUNCATED != 0)
+        store_f32(discounts + at * 4, np.float32(0.0) if flags & TERMINATED else discount)
+        if i < len(upcoming):
+            prefetch(records + upcoming[i] * stride)
+
+
+@njit
+def store_summed(
+    plan: np.ndarray,
+    gamma: float,
+    n_step: int,
+    block: int,
+    out: np.ndarray,
+    todo: np.ndarray,
+    ids: np.ndarray,
+    limits: np.ndarray,
+    rows: np.ndarray,
+    successors: np.ndarray,
+    upcoming: np.ndarray,
+) -> None:
+    """Store what is computed for n-step transitions, and say where their successors really lie."""
+    records, stride = plan[RECORDS], plan[STRIDE]
+    for i in range(len(rows)):
+        at, row = todo[i], ids[todo[i]] & ROW_MASK
+        base = (ids[at] >> LANE_SHIFT) * plan[ROWS]
+        slot, total, weight, flags = sum_steps(plan, base, rows[i] - base, min(n_step, limits[at] - 1 - row), gamma)
+        successors[i] = base + slot
+        store_f32(block + out[0] + at * 4, np.float32(total))
+        store_u8(block + out[1] + at, flags & TERMINATED != 0)
+        store_u8(block + out[2] + at, flags & TRUNCATED != 0)
+        store_f32(block + out[3] + at * 4, np.float32(0.0) if flags & TERMINATED else np.float32(weight))
+        if i < len(upcoming):
+            for step in range(n_step):
+                prefetch(records + (upcoming[i] + step) * stride)
 
 
 @kernel("int64(int64[::1], int64[:, ::1], int64, int64[::1], int64[::1], int64[::1], float64, int64, int64[::1])")
@@ -138,6 +178,7 @@ def gather_transitions(
         How many were overwritten.
     """
     count, rows, records, stride, stale = len(todo), plan[ROWS], plan[RECORDS], plan[STRIDE], 0
+    weights, numbers = block + out[4], block + out[5]
     here, there = np.empty((2, BLOCK), np.int64), np.empty((2, BLOCK), np.int64)
     size = min(BLOCK, count)
     place_rows(rows, ids, todo[:size], n_step, here[0], there[0])
@@ -150,16 +191,13 @@ def gather_transitions(
         at, then = here[half, :size], there[half, :size]
         next_at, next_then = here[1 - half, : len(after)], there[1 - half, : len(after)]
         place_rows(rows, ids, after, n_step, next_at, next_then)
-        for i in range(size):
-            identity = ids[now[i]]
-            base = (identity >> LANE_SHIFT) * rows
-            most = min(n_step, limits[now[i]] - 1 - (identity & ROW_MASK))
-            slot, total, weight, flags = sum_steps(plan, base, at[i] - base, most, gamma)
-            then[i] = base + slot
-            store_computed(block, out, now[i], identity, total, weight, flags)
-            if i < len(after):
-                for step in range(n_step):
-                    prefetch(records + (next_at[i] + step) * stride)
+        if n_step == 1:
+            store_single(plan, gamma, block, out, now, at, next_at)
+        else:
+            store_summed(plan, gamma, n_step, block, out, now, ids, limits, at, then, next_at)
+        for i in now:
+            store_f32(weights + i * 4, np.float32(1.0))
+            store_i64(numbers + i * 8, ids[i])
         for f in range(fields.shape[0]):
             if fields[f, ROLE] == ROLE_SUCCESSOR:
                 copy_field(fields[f], block, now, then, next_then)
