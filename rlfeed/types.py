@@ -65,7 +65,8 @@ class Slot:
         path: The leaf's path inside the field; ``()`` where the field is one tensor.
         dtype: Its torch dtype.
         shape: Its shape, batch axes included.
-        offset: Bytes from the start of the block, a multiple of 64.
+        offset: Bytes from the start of the block, a multiple of 64 where the field is dense.
+        strides: Elements from one entry to the next, by axis; None where the field is dense: stacks share frames.
     """
 
     name: str
@@ -73,10 +74,11 @@ class Slot:
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
+    strides: tuple[int, ...] | None = None
 
 
 class Layout:
-    """Say how the fields of a batch are carved, densely, from one contiguous block.
+    """Say how the fields of a batch are carved from one contiguous block.
 
     Args:
         slots: The fields in order.
@@ -92,7 +94,8 @@ class Layout:
             paths, lines = self._plan.setdefault(s.name, ([], []))
             paths.append(s.path)
             as_numpy, start = torch.empty(0, dtype=s.dtype).numpy().dtype, s.offset // s.dtype.itemsize
-            lines.append((s.shape, s.offset, as_numpy, s.dtype, _strides(s.shape), start))
+            apart = None if s.strides is None else tuple(n * s.dtype.itemsize for n in s.strides)
+            lines.append((s.shape, s.offset, as_numpy, s.dtype, s.strides or _strides(s.shape), start, apart))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Layout, (self.slots, self.nbytes)
@@ -109,11 +112,11 @@ class Layout:
             typed: The block as other dtypes, kept from field to field.
 
         Returns:
-            A nest of dense tensors that share the block's storage.
+            A nest of tensors that share the block's storage.
         """
         paths, lines = self._plan[name]
         views = []
-        for shape, _, _, dtype, strides, start in lines:
+        for shape, _, _, dtype, strides, start, _ in lines:
             if dtype not in typed:
                 typed[dtype] = block.view(dtype)
             views.append(typed[dtype].as_strided(shape, strides, start))  # narrow, view and view would be three calls
@@ -127,10 +130,10 @@ class Layout:
             memory: uint8, at least ``nbytes`` long.
 
         Returns:
-            A nest of dense tensors that share the memory.
+            A nest of tensors that share the memory.
         """
         paths, lines = self._plan[name]
-        views = [torch.from_numpy(np.ndarray(line[0], line[2], memory, line[1])) for line in lines]
+        views = [torch.from_numpy(np.ndarray(line[0], line[2], memory, line[1], line[6])) for line in lines]
         return build(zip(paths, views, strict=True)) if paths[0] else views[0]
 
 

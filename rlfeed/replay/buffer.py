@@ -77,7 +77,10 @@ class ReplayBuffer:
         sampler: Which steps are drawn.
         extras: Spaces of what the policy stores beside, by name; ``"carry"`` is the recurrent state before each
             observation; ``"priority"`` is reserved.
-        frame_stack: Frames that the policy sees at once.
+        frame_stack: Frames that the policy sees at once, or their numbers by entry of a Dict observation. The space
+            and `add` are about single frames; batches have an axis of frames after the batch axes, oldest first, and
+            before an episode's first frame that frame again, as Gymnasium's ``FrameStackObservation`` with
+            ``padding_type="reset"`` has it.
         carry_every: Steps between two stored carries.
         storage: ``"shared"`` (other processes see it grow), ``"private"``, ``"memmap"`` (a file) or ``"cuda"``.
         path: The file, for ``"memmap"``.
@@ -105,7 +108,7 @@ class ReplayBuffer:
         seed: int = 0,
     ) -> None:
         _check_config(sampler, capacity, num_envs, carry_every, storage, path, seed)
-        _check_served(frame_stack, storage)
+        _check_served(storage)
         fields: dict[str, Nest] = {
             "observation": from_space(observation_space, "observation_space"),
             "action": from_space(action_space, "action_space"),
@@ -117,7 +120,9 @@ class ReplayBuffer:
         self.num_envs, self.seed, self.sampler = int(num_envs), int(seed), sampler
         rows = -(-int(capacity) // int(num_envs))
         place = None if path is None else Path(path)
-        self._storage = Storage(fields, self.num_envs, rows, storage, place, carry_every=int(carry_every))
+        self._storage = Storage(
+            fields, self.num_envs, rows, storage, place, carry_every=int(carry_every), frame_stack=frame_stack
+        )
         self._start()
         if (prioritized := prioritized_in(sampler)) is not None:
             self.set_beta(prioritized.beta)
@@ -459,10 +464,8 @@ def _check_config(
         raise ConfigError("ReplayBuffer: " + "; ".join(wrong) + ".")
 
 
-def _check_served(frame_stack: int | Mapping[str, int], storage: str) -> None:
+def _check_served(storage: str) -> None:
     wrong = []
-    if frame_stack != 1:
-        wrong.append(f"frame_stack is {frame_stack!r}, of which this version serves 1 (stack in a wrapper)")
     if storage == "cuda":
         wrong.append("storage is 'cuda', this version serves 'shared', 'private' and 'memmap'")
     if wrong:

@@ -113,6 +113,7 @@ def load(directory: Path, expected: dict[str, Nest] | None = None) -> tuple[Stor
     try:
         layout, heads, words, state = (content[name] for name in ("layout", "heads", "words", "state"))
         fields, lanes, rows, every = _specs(layout["fields"]), layout["lanes"], layout["rows"], layout["carry_every"]
+        stack = layout["frame_stack"]
         kind, path = layout["kind"], None if layout["path"] is None else Path(layout["path"])
         _check_index(content, lanes, rows)
         spans = dict(zip(content["numbers"].tolist(), content["spans"], strict=True))
@@ -123,7 +124,7 @@ def load(directory: Path, expected: dict[str, Nest] | None = None) -> tuple[Stor
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory / STATE}: is not the state of a buffer, {error!r}.") from error
     _check_fields(directory, fields, expected or {})
-    storage = Storage(fields, lanes, rows, kind, path, replace=True, carry_every=every)
+    storage = Storage(fields, lanes, rows, kind, path, replace=True, carry_every=every, frame_stack=stack)
     for number, span in spans.items():  # oldest first: a row that was open when it was saved comes again
         read_rows(directory / rows_name(number), storage, span)
     fault = k.restore_heads(storage.plan, heads)
@@ -146,6 +147,7 @@ def _layout(storage: Storage) -> dict[str, Any]:
         "lanes": storage.lanes,
         "rows": storage.rows,
         "carry_every": storage.carry_every,
+        "frame_stack": storage.frame_stack,
         "kind": storage.memory.kind,
         "path": None if storage.memory.path is None else str(storage.memory.path),
     }

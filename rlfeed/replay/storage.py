@@ -8,7 +8,7 @@ a column of its own. The overlay holds carries that the learner has written back
 See docs/adr/0001-lanes-with-closing-rows.md.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from pathlib import Path
@@ -21,6 +21,7 @@ from rlfeed.nest import Nest, leaves
 from rlfeed.nest import Path as LeafPath
 from rlfeed.replay import kernels as k
 from rlfeed.replay.memory import Kind, Memory, check_fits
+from rlfeed.replay.stacks import FrameStack, frames_of
 from rlfeed.specs import ArraySpec
 
 LARGE_BYTES = 1024
@@ -82,6 +83,7 @@ class Storage:
         path: The file, for ``memmap``.
         replace: Whether the file may exist already.
         carry_every: Steps of an episode between two stored carries.
+        frame_stack: Frames that a sample shows at once; see `frames_of`.
 
     Raises:
         ConfigError: If a lane is too short to hold anything, or the file exists.
@@ -98,6 +100,7 @@ class Storage:
         *,
         replace: bool = False,
         carry_every: int = 1,
+        frame_stack: FrameStack = 1,
     ) -> None:
         if rows < LEAST_ROWS:
             raise ConfigError(
@@ -106,6 +109,7 @@ class Storage:
             )
         self.lanes, self.rows, self.carry_every = lanes, rows, carry_every
         self.fields = {**fields, "reward": REWARD}
+        self.frame_stack = dict(frame_stack) if isinstance(frame_stack, Mapping) else frame_stack
         self._place()
         check_fits(kind, self.nbytes, path)
         if lanes >= MOST_LANES or rows >= MOST_ROWS:
@@ -118,6 +122,7 @@ class Storage:
 
     def _place(self) -> None:
         every = self.carry_every
+        self.frames = frames_of(self.fields.get("observation", ()), self.frame_stack)
         self.entries = self.rows // 2 + 2
         self.carry_entries = self.rows if every == 1 else (self.rows - 1) // every + 2
         small, large, sparse = [], [], []
@@ -191,7 +196,7 @@ class Storage:
             flag[0] = 1
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("lanes", "rows", "carry_every", "fields", "memory")
+        names = ("lanes", "rows", "carry_every", "frame_stack", "fields", "memory")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -237,6 +242,7 @@ class Storage:
             line[k.BASE] = self.memory.address + column.offset
             line[k.PITCH], line[k.NBYTES], line[k.ROLE] = column.pitch, column.spec.nbytes, role
             line[k.INSIDE] = column.inside
+            line[k.FRAMES] = self.frames[column.path] if column.name == "observation" else 1
         return table
 
     def heads(self) -> np.ndarray:

@@ -32,7 +32,7 @@ class UnitSampler:
         if not isinstance(unit, Transition | Sequence | Episode):
             raise ConfigError(f"unit: is {unit!r}; expected Transition(...), Sequence(...) or Episode(...).")
         unit = resolved(unit, storage, sampler)
-        span = span_of(unit)
+        span = span_of(unit, storage)
         if span > storage.rows:
             raise ConfigError(
                 f"{unit}: one sample touches {span} rows, but a lane has {storage.rows}; expected lanes that hold a "

@@ -155,13 +155,14 @@ def rule_of(unit: Unit, storage: Storage) -> np.ndarray:
     Returns:
         ``[RULE_SIZE]`` int64.
     """
-    rule = np.zeros(k.RULE_SIZE, np.int64)
+    rule, stacked = np.zeros(k.RULE_SIZE, np.int64), max(storage.frames.values(), default=1) - 1
     rule[k.NEED], rule[k.GRID] = 1, 1
     if isinstance(unit, Transition):
-        rule[k.NEED], rule[k.PLAIN] = unit.n_step, unit.n_step == 1
+        rule[k.NEED], rule[k.BACK] = unit.n_step, stacked
+        rule[k.PLAIN] = unit.n_step == 1 and stacked == 0
     elif isinstance(unit, Sequence):
         rule[k.NEED], rule[k.GRID] = unit.length, unit.stride or 1
-        rule[k.BACK] = unit.burn_in + 1  # the step before the window gives the previous action
+        rule[k.BACK] = unit.burn_in + max(1, stacked)  # the step before the window gives the previous action
         rule[k.STRICT], rule[k.CROSS] = unit.boundary == "strict", unit.boundary == "cross"
         rule[k.ALIGNED] = carry_spacing(storage) == 1
     else:
@@ -169,19 +170,18 @@ def rule_of(unit: Unit, storage: Storage) -> np.ndarray:
     return rule
 
 
-def span_of(unit: Unit) -> int:
+def span_of(unit: Unit, storage: Storage) -> int:
     """Say how many rows a sample touches at most.
 
     Args:
         unit: The unit.
+        storage: What is sampled.
 
     Returns:
-        Rows; 0 where that is up to the episodes.
+        Rows, from the oldest frame to the last successor; for whole episodes only what is known of them.
     """
-    if isinstance(unit, Transition):
-        return unit.n_step + 1
-    # A window touches the step before it (previous action) and the successor of its last step.
-    return unit.length + unit.burn_in + 2 if isinstance(unit, Sequence) else 0
+    rule = rule_of(unit, storage)
+    return int(rule[k.BACK] + rule[k.NEED]) + 1
 
 
 def need_of(unit: Unit) -> str:

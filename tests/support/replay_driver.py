@@ -4,6 +4,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Discrete
 from support.batches import assert_same
+from support.replay_checks import check_transitions
 from support.replay_twin import ReplayTwin, make_step
 
 from rlfeed.replay import Episode, ReplayBuffer, Sequence, Transition
@@ -50,14 +51,8 @@ def assert_holds(buffer, twin):
     starts = twin.starts(Transition())
     assert len(buffer) == len(starts)
     batch = buffer.sample(15 * len(starts), Transition())
-    ids, places = np.unique(batch.ids, return_index=True)
-    assert set(ids.tolist()) == starts
-    for identity, i in zip(ids.tolist(), places.tolist(), strict=True):
-        expected = twin.transition(identity, Transition())
-        assert tuple(batch.observation["vector"][i].tolist()) == expected["observation"]
-        assert tuple(batch.next_observation["vector"][i].tolist()) == expected["next_observation"]
-        assert batch.observation["image"][i].flatten()[:3].tolist() == list(expected["observation"])
-        assert (batch.action[i].item(), batch.reward[i].item()) == (expected["action"], expected["reward"])
+    assert set(batch.ids.tolist()) == starts
+    check_transitions(batch, twin, Transition())
 
 
 def row_files(directory):

@@ -79,12 +79,27 @@ class LaneTwin:
 class ReplayTwin:
     """Lanes of Python lists that take the same steps as a `ReplayBuffer`."""
 
-    def __init__(self, lanes, rows, carry_every=1):
+    def __init__(self, lanes, rows, *, frames=None, carry_every=1):
         self.lanes = [LaneTwin(rows) for _ in range(lanes)]
+        self.frames = {"vector": 1, "image": 1} | (frames or {})
         self.carry_every = carry_every
+        self.written_back = {}
 
     def __len__(self):
         return sum(lane.is_step(row) for lane in self.lanes for row in lane.live())
+
+    def find(self, identity):
+        """The lane and the row that an id names."""
+        return self.lanes[identity >> SHIFT], identity & ((1 << SHIFT) - 1)
+
+    def carried(self):
+        """The ids of all stored steps at which a carry is stored."""
+        return [
+            (number << SHIFT) | row
+            for number, lane in enumerate(self.lanes)
+            for row in lane.live()
+            if lane.is_step(row) and lane.rows[row].index % self.carry_every == 0
+        ]
 
     def starts(self, unit):
         """Every valid start of a unit, as ids."""
@@ -95,14 +110,23 @@ class ReplayTwin:
             if lane.is_step(row) and self._may_start(lane, row, unit)
         }
 
+    def span(self, unit):
+        """Rows that a sample touches where nothing clips it: frames, burn-in, steps and the successor."""
+        older = max(self.frames.values()) - 1
+        if isinstance(unit, Transition):
+            return older + unit.n_step + 1
+        return max(older, 1) + unit.burn_in + unit.length + 1 if isinstance(unit, Sequence) else 0
+
     def _may_start(self, lane, row, unit):
         steps, ended = lane.steps_from(row)
-        if isinstance(unit, Transition):
-            return ended or steps >= unit.n_step
+        older = max(self.frames.values()) - 1
         if isinstance(unit, Episode):
             return ended and lane.rows[row].index == 0
-        begin = max(lane.first_of(row), row - unit.burn_in)
-        oldest = begin if begin == lane.first_of(row) else begin - 1  # the step before it gives the previous action
+        if isinstance(unit, Transition):
+            oldest = max(lane.first_of(row), row - older)
+            return oldest >= lane.tail and (ended or steps >= unit.n_step)
+        # The step before a window gives the previous action.
+        oldest = max(lane.first_of(row), row - unit.burn_in - max(older, 1))
         return oldest >= lane.tail and self._on_grid(lane, row, unit)
 
     def _on_grid(self, lane, row, unit):
@@ -122,15 +146,22 @@ class ReplayTwin:
             starts = {min(g, max(total - length, 0)) for g in range(0, total, stride)}
         return index in starts and (unit.boundary == "pad" or index + length <= total)
 
+    def shown(self, lane, row, key):
+        """What a batch shows at a row: one frame, or the last few, oldest first, the episode's first one repeated."""
+        count = self.frames[key]
+        frames = [max(lane.first_of(row), row - back) for back in reversed(range(count))]
+        shown = np.stack([observation(lane.rows[frame].observation)[key] for frame in frames])
+        return shown if count > 1 else shown[0]
+
     def transition(self, identity, unit):
         """The sample that a `Transition` start must give."""
-        lane, row = self.lanes[identity >> SHIFT], identity & ((1 << SHIFT) - 1)
+        lane, row = self.find(identity)
         count = min(unit.n_step, lane.steps_from(row)[0])
         reward = sum(unit.gamma**i * lane.rows[row + i].step[1] for i in range(count))
         _, _, terminated, truncated = lane.rows[row + count - 1].step
         return {
-            "observation": lane.rows[row].observation,
-            "next_observation": lane.rows[row + count].observation,
+            "observation": {key: self.shown(lane, row, key) for key in self.frames},
+            "next_observation": {key: self.shown(lane, row + count, key) for key in self.frames},
             "action": lane.rows[row].step[0],
             "reward": reward,
             "terminated": terminated,
@@ -140,7 +171,7 @@ class ReplayTwin:
 
     def window(self, identity, unit):
         """The unpadded window that a `Sequence` or `Episode` start must give."""
-        lane, row = self.lanes[identity >> SHIFT], identity & ((1 << SHIFT) - 1)
+        lane, row = self.find(identity)
         burn, length = (unit.burn_in, unit.length) if isinstance(unit, Sequence) else (0, 10**9)
         begin = max(lane.first_of(row), row - burn)
         crosses = isinstance(unit, Sequence) and unit.boundary == "cross"
@@ -148,9 +179,11 @@ class ReplayTwin:
         nothing = (0, 0.0, False, False)
         rows = [lane.rows[i] for i in range(begin, end)]
         steps = [nothing if r.closing else r.step for r in rows]
-        before = lane.rows[begin - 1].step if begin != lane.first_of(row) else nothing
+        opens = begin == lane.first_of(row)
+        before = nothing if opens else lane.rows[begin - 1].step
+        carry = carry_of(*lane.rows[begin].observation)
         return {
-            "observation": [lane.rows[i].observation for i in range(begin, end + 1)],
+            "observation": {k: np.stack([self.shown(lane, i, k) for i in range(begin, end + 1)]) for k in self.frames},
             "action": [s[0] for s in steps],
             "reward": [s[1] for s in steps],
             "terminated": [s[2] for s in steps],
@@ -162,7 +195,13 @@ class ReplayTwin:
             "burn_in": row - begin,
             "prev_action": before[0],
             "prev_reward": before[1],
+            "carry": 0.0 if opens else self.written_back.get(identity - row + begin, carry),
         }
+
+
+def carry_of(lane, episode, index):
+    """A recurrent state that names its step, and is nowhere zero."""
+    return 1.0 + 10_000 * lane + 100 * episode + index
 
 
 def image(vector):
@@ -194,4 +233,5 @@ def make_step(twin, lanes, ends, *, rewards, first=None):
         np.array([r[6] for r in rows]),
         is_first=np.array([r[0] for r in rows]),
         env_ids=np.array(lanes),
+        carry=np.array([[carry_of(*r[1])] for r in rows], np.float32),
     )

@@ -9,6 +9,7 @@ the GIL. Each has a slow and obvious twin in the tests.
     starts   which rows may start a sample
     draw     which samples
     gather   rows to transitions
+    stacks   rows to stacks of frames
     windows  rows to padded windows of steps
     objects  arrays and tuples by address
     write    steps to rows
@@ -30,6 +31,7 @@ from rlfeed.replay.kernels.rows import (
     ENTRIES,
     EPISODES,
     FIELD_SIZE,
+    FRAMES,
     HEAD_BYTES,
     INSIDE,
     LANE_SHIFT,
@@ -66,6 +68,7 @@ from rlfeed.replay.kernels.rows import (
     carry_entry,
     count_steps,
 )
+from rlfeed.replay.kernels.stacks import gather_stacks
 from rlfeed.replay.kernels.starts import ALIGNED, BACK, CROSS, ENDED, GRID, NEED, PLAIN, RULE_SIZE, STRICT, WHOLE
 from rlfeed.replay.kernels.tree import check_updates, draw_masses, fold, is_behind, rebuild, set_priorities
 from rlfeed.replay.kernels.windows import EXTENT, WINDOW_SIZE, gather_windows, resolve_windows
@@ -113,6 +116,7 @@ __all__ = [
     "EXPECT_SIZE",
     "EXTENT",
     "FIELD_SIZE",
+    "FRAMES",
     "GRID",
     "HEAD_BYTES",
     "INPUTS",
@@ -181,6 +185,7 @@ __all__ = [
     "draw_steps",
     "fold",
     "free_lane",
+    "gather_stacks",
     "gather_transitions",
     "gather_windows",
     "is_behind",

@@ -21,9 +21,9 @@ TERMINATED, TRUNCATED, CLOSING, FIRST, CUT = 1, 2, 4, 8, 16
 INDEX_LIMIT = 1 << 24
 # Shared words: whether anything was ever written back, how many late updates were dropped, the last owner's number.
 WRITTEN_BACK, STALE_UPDATES, LAST_OWNER = 192, 193, 194
-# One line of a field table: where the rows of a field are, how far apart, how long, where its batch or input is, and
-# for a carry where it lies in an entry of the overlay.
-BASE, PITCH, NBYTES, OTHER, ROLE, INSIDE, FIELD_SIZE = range(7)
+# One line of a field table: where the rows of a field are, how far apart, how long, where its batch or input is, for a
+# carry where it lies in an entry of the overlay, and for an observation how many frames are stacked.
+BASE, PITCH, NBYTES, OTHER, ROLE, INSIDE, FRAMES, FIELD_SIZE = range(8)
 # Roles of a field in a gather.
 ROLE_STEP, ROLE_OBSERVATION, ROLE_SUCCESSOR, ROLE_CARRY, ROLE_PREVIOUS = range(5)
 LANE_SHIFT = 44
@@ -65,9 +65,14 @@ def index_of(record: int) -> int:
 
 @njit
 def next_index(plan: np.ndarray, index: int) -> int:
-    """Give the number of the row after: where 24 bits end it falls back, but keeps its remainder by CARRY_EVERY."""
+    """Give the number of the row after: where 24 bits end it falls back by half, its remainder by CARRY_EVERY kept.
+
+    So a number below 2^22 is true, and a larger one says that the episode's first row is far.
+    """
+    if index + 1 < INDEX_LIMIT:
+        return index + 1
     every = plan[CARRY_EVERY]
-    return index + 1 if index + 1 < INDEX_LIMIT else every + (index + 1) % every
+    return INDEX_LIMIT // 2 // every * every + (index + 1) % every
 
 
 @njit
@@ -113,15 +118,19 @@ def closing_row(plan: np.ndarray, lane: int, row: int, limit: int) -> int:
 
 @njit
 def first_row(plan: np.ndarray, lane: int, row: int) -> int:
-    """Give the first row of the episode that ``row`` belongs to, or -1 where that row is no longer there."""
-    here = record_of(plan, lane, row)
-    first = row - index_of(here)
-    if first < 0:
-        return -1
-    record = record_of(plan, lane, first)
-    if not load_u8(record + FLAGS) & FIRST or load_u32(record + ORDINAL) != load_u32(here + ORDINAL):
-        return -1
-    return first
+    """Give the first row of the episode that ``row`` belongs to, also where it is no longer there.
+
+    Where it is millions of rows away this is only somewhere far before ``row``, which is all that callers ask.
+    """
+    return row - index_of(record_of(plan, lane, row))
+
+
+@njit
+def last_row(plan: np.ndarray, lane: int, row: int, limit: int, most: int) -> int:
+    """Give the row up to ``most`` steps after ``row``: fewer where the episode ends, or the head stood, before."""
+    if most == 1:
+        return row + 1
+    return max(row + 1, min(row + most, min(closing_row(plan, lane, row, limit), limit - 1)))
 
 
 @njit

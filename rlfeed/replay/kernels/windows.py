@@ -6,14 +6,13 @@ import numpy as np
 from numba import njit
 
 from rlfeed.replay.kernels.rows import (
-    BASE,
     CLOSING,
     FIRST,
     FLAGS,
+    FRAMES,
     LANE_SHIFT,
     NBYTES,
     OTHER,
-    PITCH,
     REWARD,
     ROLE,
     ROLE_CARRY,
@@ -21,18 +20,16 @@ from rlfeed.replay.kernels.rows import (
     ROLE_PREVIOUS,
     ROLE_STEP,
     ROW_MASK,
-    ROWS,
     TERMINATED,
     TRUNCATED,
     closing_row,
     first_row,
     is_stale,
     record_of,
-    slot_of,
 )
+from rlfeed.replay.kernels.stacks import copy_rows, copy_stack
 from rlfeed.replay.kernels.starts import BACK, CROSS
 from rlfeed.replay.kernels.words import (
-    copy_row,
     fence,
     kernel,
     load_f32,
@@ -44,8 +41,8 @@ from rlfeed.replay.kernels.words import (
 )
 from rlfeed.replay.kernels.writeback import read_carry
 
-# What is known of a window: its first row, how many rows it has, how many of them are burn-in, its episode's first row
-# (-1 where that is no longer there), and the oldest row that its gather touches.
+# What is known of a window: its first row, how many rows it has, how many of them are burn-in, the first row of the
+# episode that it begins in (it may be long gone), and the oldest row that its gather touches.
 BEGIN, EXTENT, BURN_IN, ORIGIN, OLDEST, WINDOW_SIZE = range(6)
 
 
@@ -108,19 +105,23 @@ def gather_field(
     ends: np.ndarray,
 ) -> None:
     """Copy one field of one window; clear it at closing rows inside, where there is no step, and behind the window."""
-    nbytes, role, rows = field[NBYTES], field[ROLE], plan[ROWS]
-    base = field[BASE] + lane * rows * field[PITCH]
+    nbytes, role, frames = field[NBYTES], field[ROLE], field[FRAMES]
     begin, steps, room = window[BEGIN], window[EXTENT], longest
     if role == ROLE_OBSERVATION:
         steps, room = steps + 1, longest + 1
     elif role == ROLE_PREVIOUS:  # once a window, and zeros where the window opens an episode
         begin, steps, room = begin - 1, np.int64(begin != window[ORIGIN]), 1
-    destination = block + field[OTHER] + i * room * nbytes
-    slot = slot_of(plan, begin) if steps > 0 else 0
-    for t in range(steps):
-        copy_row(destination + t * nbytes, base + slot * field[PITCH], nbytes)
-        slot = slot + 1 if slot + 1 < rows else 0
-    memzero(destination + steps * nbytes, (room - steps) * nbytes)
+    destination = block + field[OTHER] + i * room * frames * nbytes
+    if frames == 1:
+        copy_rows(plan, field, lane, begin, steps, destination)
+    else:
+        first, crossed = window[ORIGIN], 0
+        for t in range(steps):
+            if crossed < len(ends) and t > ends[crossed]:
+                first = begin + t
+                crossed += 1
+            copy_stack(plan, field, lane, begin + t, first, destination + t * frames * nbytes)
+    memzero(destination + steps * frames * nbytes, (room - steps) * frames * nbytes)
     if role == ROLE_STEP:
         for end in ends:
             memzero(destination + end * nbytes, nbytes)

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 from gymnasium.spaces import Box, Dict, Discrete
+from support.replay_checks import check_transitions
 from support.replay_twin import ReplayTwin, make_step
 
 from rlfeed.errors import ConfigError, FieldError, LaneError
@@ -241,12 +242,7 @@ def test_release_after_any_part_of_a_write_leaves_the_lane_consistent(ends, aban
         starts = twin.starts(Transition())
         batch = buffer.sample(300, Transition())
         assert set(batch.ids.tolist()) == starts
-        for i, identity in enumerate(batch.ids.tolist()):
-            expected = twin.transition(identity, Transition())
-            assert tuple(batch.observation["vector"][i].tolist()) == expected["observation"]
-            assert tuple(batch.next_observation["vector"][i].tolist()) == expected["next_observation"]
-            assert (batch.action[i], batch.reward[i]) == (expected["action"], expected["reward"])
-            assert (batch.terminated[i], batch.truncated[i]) == (expected["terminated"], expected["truncated"])
+        check_transitions(batch, twin, Transition())
 
 
 def write_for_ever(writer, lanes):
