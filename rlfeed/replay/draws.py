@@ -183,15 +183,13 @@ class MixtureDrawer(Drawer):
 
     def draw(self, draws: Draws, attempt: int = 0, *, tick: bool = True) -> bool:
         """Make the draws; see `Drawer.draw`."""
-        part_of = shares(draws.number, len(draws), self._fractions)
+        part_of, before = shares(draws.number, len(draws), self._fractions)
         for index, part in enumerate(self._parts):
             mine = part_of == index
-            if not mine.any():
-                continue
-            made = Draws.blank(subkey(draws.key, index), draws.number, len(draws))
-            if not part.draw(made, attempt, tick=tick):
+            made = Draws.blank(subkey(draws.key, index), before[index], int(mine.sum()))
+            if len(made) and not part.draw(made, attempt, tick=tick):
                 return False
-            draws.ids[mine], draws.limits[mine] = made.ids[mine], made.limits[mine]
+            draws.ids[mine], draws.limits[mine] = made.ids, made.limits
         draws.weights[:] = 1.0 if self._tree is None else self._chances(draws, self._tree) ** -self._beta[0]
         return True
 

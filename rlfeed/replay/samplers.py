@@ -206,8 +206,8 @@ def check_fractions(fractions: Sequence[float]) -> str:
     return ""
 
 
-def shares(number: int, count: int, fractions: Sequence[float]) -> Int64[np.ndarray, " B"]:
-    """Share draws out in exact proportion: of the first n draws, part c has n times its fraction, to within one.
+def shares(number: int, count: int, fractions: Sequence[float]) -> tuple[Int64[np.ndarray, " B"], list[int]]:
+    """Share draws out in exact proportion: of the first n draws, part c has n times its fraction, to within one or two.
 
     Args:
         number: The first draw.
@@ -215,21 +215,25 @@ def shares(number: int, count: int, fractions: Sequence[float]) -> Int64[np.ndar
         fractions: They sum to 1; a millionth is the finest.
 
     Returns:
-        Which part each draw belongs to.
+        Which part each draw belongs to, and how many draws before ``number`` each part has had: its own numbering.
     """
     out = np.full(count, len(fractions) - 1, np.int64)
-    open_ = np.arange(count)  # not given to a part yet; and the number of each among those
-    place, rest = number + np.arange(count, dtype=np.int64), Fraction(1)
+    left = np.arange(count)  # not given to a part yet
+    place, before, rest = np.arange(number, number + count, dtype=np.int64), [], Fraction(1)
+    first = number
     for part, fraction in enumerate(fractions[:-1]):
         exact = Fraction(fraction).limit_denominator(10**6)
-        ratio = min(Fraction(1), (exact / rest).limit_denominator(10**6)) if rest > 0 else Fraction(1)
+        ratio = min(Fraction(1), (exact / rest).limit_denominator(10**6))
         a, b = ratio.numerator, ratio.denominator
         rounds, r = np.divmod(place, b)
-        mine = (r + 1) * a // b > r * a // b
-        out[open_[mine]] = part
-        open_, place = open_[~mine], (rounds * (b - a) + r - r * a // b)[~mine]
+        had = r * a // b
+        mine = (r + 1) * a // b > had
+        out[left[mine]] = part
+        left, place = left[~mine], (rounds * (b - a) + r - had)[~mine]
+        before.append(first * a // b)
+        first -= before[-1]
         rest -= exact
-    return out
+    return out, [*before, first]
 
 
 def sequence_priorities(

@@ -262,14 +262,17 @@ def test_recent_weighs_the_valid_starts_of_any_unit_by_age(unit):
 
 def test_shares_give_every_part_its_exact_fraction_at_every_moment():
     for fractions in ([0.25, 0.75], [0.5, 0.3, 0.2], [1 / 3, 1 / 3, 1 / 3], [0.9, 0.05, 0.05], [1.0]):
-        parts = shares(0, 3000, fractions)
+        parts, before = shares(0, 3000, fractions)
+        assert before == [0] * len(fractions)
         for part, fraction in enumerate(fractions):
             upto = np.cumsum(parts == part)
             assert np.abs(upto - fraction * np.arange(1, 3001)).max() <= len(fractions)
             assert upto[-1] == round(3000 * fraction)
-    whole = shares(0, 3000, [0.5, 0.3, 0.2])
-    assert np.array_equal(whole[1000:1700], shares(1000, 700, [0.5, 0.3, 0.2]))  # a function of the number alone
-    assert shares(2**43, 10, [0.25, 0.75]).tolist() == shares(0, 10, [0.25, 0.75]).tolist()
+        for begin in (1, 1000, 1771):  # a function of the number alone
+            later, before = shares(begin, 700, fractions)
+            assert np.array_equal(parts[begin : begin + 700], later)
+            assert before == [int((parts[:begin] == part).sum()) for part in range(len(fractions))]
+    assert shares(2**43, 10, [0.25, 0.75])[0].tolist() == shares(0, 10, [0.25, 0.75])[0].tolist()
 
 
 def test_mixture_draws_each_number_with_its_sampler_and_weighs_by_the_whole():

@@ -1,0 +1,108 @@
+"""Draws made ahead by the learner and gathered by anyone: the draw table.
+
+The learner is the clock: each time it takes a batch it makes the draws of the batch ``lookahead`` later. What is drawn
+depends on the tick alone; which process gathers it, how fast, and whether one dies on the way, changes nothing.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from rlfeed.replay.draws import Draws
+from rlfeed.replay.memory import Memory
+from rlfeed.replay.readers import Allocate
+from rlfeed.types import Batch
+
+
+class Source(Protocol):
+    """Draw and gather: a `UnitSampler`, or several buffers mixed."""
+
+    def draw(self, key: int, number: int, count: int, *, tick: bool = True) -> Draws:
+        """Make draws ``number .. number + count - 1`` on what is stored now."""
+        ...
+
+    def gather(self, draws: Draws, allocate: Allocate = ...) -> Batch:
+        """Gather draws into one block."""
+        ...
+
+
+class DrawTable:
+    """Keep the draws of the batches that are under way.
+
+    Args:
+        source: What draws.
+        key: The stream of draws.
+        batch_size: B.
+        lookahead: Batches drawn ahead of delivery, >= 0.
+        shared: Whether other processes gather.
+    """
+
+    def __init__(self, source: Source, key: int, batch_size: int, lookahead: int, *, shared: bool) -> None:
+        self._source, self.key, self.batch_size, self.lookahead = source, key, batch_size, lookahead
+        self.drawn = 0  # batches: the number of the next one to draw
+        self._memory = Memory("shared" if shared else "private", (lookahead + 1) * 3 * batch_size * 8)
+        self._bind()
+
+    def _bind(self) -> None:
+        words = self._memory.bytes[: (self.lookahead + 1) * 3 * self.batch_size * 8]
+        self._entries = words.view(np.int64).reshape(self.lookahead + 1, 3, self.batch_size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_entries"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._bind()
+
+    def tick(self) -> int:
+        """Draw the next batch.
+
+        Returns:
+            Its number.
+
+        Raises:
+            NotEnoughDataError: If no stored step can start a sample. The number stays the next one.
+        """
+        number = self.drawn
+        made = self._source.draw(self.key, number * self.batch_size, self.batch_size)
+        entry = self.entry(number)
+        entry.ids[:], entry.limits[:], entry.weights[:] = made.ids, made.limits, made.weights
+        self.drawn += 1
+        return number
+
+    def entry(self, batch: int) -> Draws:
+        """Give a batch's draws, in any process.
+
+        Args:
+            batch: Its number, among the last ``lookahead + 1``.
+
+        Returns:
+            The draws, in the table's memory.
+        """
+        ids, limits, weights = self._entries[batch % (self.lookahead + 1)]
+        return Draws(self.key, batch * self.batch_size, ids, limits, weights.view(np.float64))
+
+    def state_dict(self, delivered: int) -> dict[str, Any]:
+        """Give what has been drawn and not been delivered.
+
+        Args:
+            delivered: Batches delivered.
+
+        Returns:
+            The next batch to deliver, and the draws from there on.
+        """
+        entries = [self._entries[batch % (self.lookahead + 1)] for batch in range(delivered, self.drawn)]
+        shape = (0, 3, self.batch_size)
+        return {"batch": delivered, "entries": np.stack(entries) if entries else np.empty(shape, np.int64)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take draws back.
+
+        Args:
+            state: What `state_dict` gave.
+        """
+        begin, entries = int(state["batch"]), state["entries"]
+        for batch, entry in enumerate(entries, begin):
+            self._entries[batch % (self.lookahead + 1)] = entry
+        self.drawn = begin + len(entries)
