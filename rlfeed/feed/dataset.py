@@ -178,7 +178,7 @@ class _Stream:
 
     def _read(self, number: int, size: int) -> Batch:
         # A block born in shared memory travels to the learner without another copy.
-        allocate = _allocate_shared if self.in_worker else allocate_private
+        allocate = allocate_shared if self.in_worker else allocate_private
         deadline, parent = time.monotonic() + WAIT_S, os.getppid()
         while True:
             try:
@@ -193,7 +193,15 @@ class _Stream:
                 time.sleep(0.002)
 
 
-def _allocate_shared(nbytes: int) -> Tensor:
+def allocate_shared(nbytes: int) -> Tensor:
+    """Allocate a block in memory that travels to another process without a copy.
+
+    Args:
+        nbytes: Its length.
+
+    Returns:
+        uint8, not initialised.
+    """
     storage = torch.UntypedStorage._new_shared(nbytes)  # what torch's own collate does in a worker
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 

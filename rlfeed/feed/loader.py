@@ -1,105 +1,199 @@
-"""`make_loader`: a `DataLoader` over a live buffer that counts its batches and can be resumed."""
+"""`make_loader`: a `DataLoader` over a live buffer whose draws are made in the learner, counted, and can be resumed."""
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rlfeed.errors import ConfigError, UnsupportedError
-from rlfeed.feed.dataset import ReplayDataset, Transform
+from rlfeed.feed.dataset import Transform, allocate_shared
+from rlfeed.feed.mix import Mix
 from rlfeed.replay.buffer import ReplayBuffer
 from rlfeed.replay.limiter import Limiter
+from rlfeed.replay.readers import allocate_private
+from rlfeed.replay.samplers import sequence_priorities, stream_key
+from rlfeed.replay.table import DrawTable
 from rlfeed.replay.units import Unit
 from rlfeed.types import Batch
+
+Buffers = ReplayBuffer | Sequence[tuple[ReplayBuffer, float]]
 
 
 @dataclass(frozen=True, slots=True)
 class LoaderStats:
-    """Count a loader's samples.
+    """Count a loader's samples: drawn = delivered + in_flight.
 
     Args:
+        drawn: Samples drawn.
         delivered: Samples handed to the consumer.
+        in_flight: Samples drawn and not delivered yet.
     """
 
+    drawn: int
     delivered: int
+    in_flight: int
+
+
+class _Gathered(Dataset[Batch]):
+    """Gather a batch by its number, in whatever process."""
+
+    def __init__(self, mix: Mix, table: DrawTable, transform: Transform | None) -> None:
+        self._mix, self._table, self._transform, self._learner = mix, table, transform, os.getpid()
+        self.ahead: dict[int, Batch] = {}  # gathered at the tick already
+
+    def gather(self, number: int) -> Batch:
+        # A block born in shared memory travels to the learner without another copy.
+        allocate = allocate_private if os.getpid() == self._learner else allocate_shared
+        batch = self._mix.gather(self._table.entry(number), allocate)
+        return batch if self._transform is None else self._transform(batch)
+
+    def __getitem__(self, number: int) -> Batch:
+        return self.ahead.pop(number) if number in self.ahead else self.gather(number)
+
+
+class _Clock(Sampler[int]):
+    """Name the batches in turn; before each, make the draws of the one ``lookahead`` later."""
+
+    def __init__(self, loader: "ReplayLoader") -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[int]:
+        number = self._loader.delivered
+        while True:
+            self._loader.tick_to(number)
+            yield number
+            number += 1
 
 
 class ReplayLoader(DataLoader[Any]):
     """Load whole batches from a live buffer; made by `make_loader`.
 
     Args:
-        dataset: The draws, with a batch size.
-        num_workers: Worker processes; 0 gathers in this one.
-        timeout_s: Seconds to wait for a worker's batch.
+        mix: What to draw from.
+        table: The draws.
+        num_workers: Worker processes; 0 gathers in this one, when the draws are made.
+        transform: Applied to each batch, in the worker where there is one.
+        timeout_s: Seconds to wait for a worker, or for the limiter.
+        limiter: Bounds samples per inserted step.
     """
 
-    def __init__(self, dataset: ReplayDataset, num_workers: int, timeout_s: float) -> None:
-        super().__init__(
-            dataset, batch_size=None, num_workers=num_workers, timeout=timeout_s if num_workers else 0
-        )
-        self._draws = dataset
-        self._first_draw = dataset.state_dict()["draw"]
-        self._delivered = 0
+    def __init__(
+        self,
+        mix: Mix,
+        table: DrawTable,
+        num_workers: int,
+        transform: Transform | None,
+        timeout_s: float,
+        limiter: Limiter | None,
+    ) -> None:
+        self._mix, self._table, self._timeout_s = mix, table, timeout_s
+        self._gathered = _Gathered(mix, table, transform)
+        self.delivered = 0  # batches
         self.batches_ahead = 0  # taken by a `DeviceFeed`, not handed to the consumer yet
+        workers: dict[str, Any] = {}
+        if num_workers:
+            workers = {"timeout": timeout_s, "prefetch_factor": max(1, table.lookahead // num_workers)}
+        super().__init__(self._gathered, batch_size=None, sampler=_Clock(self), num_workers=num_workers, **workers)
+        self.set_limiter(limiter)
+
+    def tick_to(self, number: int) -> None:
+        """Make every draw up to the one ``lookahead`` after a batch.
+
+        Args:
+            number: The batch that is about to be gathered.
+
+        Raises:
+            NotEnoughDataError: If there is nothing to draw and nobody else who writes.
+            FeedTimeoutError: If writers do not come in time.
+        """
+        last = max(number, self.delivered + self._table.lookahead)
+        while self._table.drawn <= last:
+            drawn = self._mix.tick(self._table, self._timeout_s)
+            if self.num_workers == 0:
+                self._gathered.ahead[drawn] = self._gathered.gather(drawn)
 
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self._draws.load_state_dict(self.state_dict())  # one stream of draws, however many iterators
-        size = self._draws.batch_size or 0
-        for batch in super().__iter__():
-            self._delivered += size  # draws, whatever the transform made of them
+        batches = super().__iter__()
+        while True:
+            self._mix.wait_to_take(self._table.batch_size, self._timeout_s)
+            batch = next(batches)
+            self._mix.take(self.delivered * self._table.batch_size, self._table.batch_size)
+            self.delivered += 1
             yield batch
 
+    def set_limiter(self, limiter: Limiter | None) -> None:
+        """Bound the samples delivered per inserted step, from now on.
+
+        Args:
+            limiter: The bound; None lets everybody pass.
+        """
+        self._mix.limit(limiter, self._timeout_s)
+
     def update_priorities(self, batch: Batch, values: Tensor | np.ndarray) -> int:
-        """Give the samples of a batch new priorities.
+        """Give the samples of a batch new priorities, from the next draws on.
 
         Args:
             batch: From this loader.
-            values: ``[B]``, >= 0.
+            values: ``[B]``, finite, >= 0; or ``[B, T]`` of a sequence's steps, which become eta max + (1 - eta) mean
+                over `Batch.loss_mask`.
 
         Returns:
             How many were applied.
 
         Raises:
             UnsupportedError: If the buffer's sampler keeps no priorities.
+            FieldError: If a value is no priority, or the shapes differ.
         """
-        ids = np.empty(0, np.int64) if batch.ids is None else batch.ids.cpu().numpy()
-        return self._draws.buffer.update_priorities(ids, np.asarray(values))
+        given = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+        if given.ndim == 2 and batch.loss_mask is not None:
+            given = sequence_priorities(given, batch.loss_mask.cpu().numpy(), self._mix.eta)
+        return self._mix.update_priorities(batch, given)
 
     def stats(self) -> LoaderStats:
-        """Count the samples delivered.
+        """Count the samples of this loader.
 
         Returns:
             The counters so far.
         """
-        return LoaderStats(self._delivered)
+        size, delivered = self._table.batch_size, self.delivered - self.batches_ahead
+        return LoaderStats(
+            drawn=self._table.drawn * size,
+            delivered=delivered * size,
+            in_flight=(self._table.drawn - delivered) * size,
+        )
 
-    def state_dict(self) -> dict[str, int]:
-        """Give the number of the next draw to deliver.
+    def state_dict(self) -> dict[str, Any]:
+        """Give the number of the next batch to deliver, and the draws that were made ahead.
 
         Returns:
-            ``{"draw": n}``; what was made ahead of it is made again after a resume.
+            The state; with the buffer's own, the very next batches are the same.
         """
-        ahead = self.batches_ahead * (self._draws.batch_size or 0)
-        return {"draw": self._first_draw + self._delivered - ahead}
+        return self._table.state_dict(self.delivered - self.batches_ahead)
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from another draw, with the next iterator.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from another batch, with the next iterator.
 
         Args:
             state: From `state_dict`.
         """
-        self._first_draw, self._delivered = int(state["draw"]), 0
+        self._table.load_state_dict(state)
+        self.delivered, self.batches_ahead = int(state["batch"]), 0
+        self._gathered.ahead.clear()
+        if self.num_workers == 0:
+            self._gathered.ahead = {n: self._gathered.gather(n) for n in range(self.delivered, self._table.drawn)}
 
     def close(self) -> None:
-        """Let the workers go."""
+        """Let the workers go, and the writers that wait for this loader."""
         self._iterator = None
+        self._mix.limit(None, self._timeout_s)
 
 
 def make_loader(
-    buffer: ReplayBuffer,
+    buffer: Buffers,
     unit: Unit,
     *,
     batch_size: int,
@@ -115,31 +209,39 @@ def make_loader(
     """Make a loader of whole batches.
 
     Args:
-        buffer: What to draw from.
+        buffer: What to draw from; or several with their fractions, mixed exactly, with `Batch.source`.
         unit: What a draw becomes.
         batch_size: B >= 1.
-        num_workers: Worker processes; 0 gathers in this one.
-        lookahead: Batches drawn ahead of delivery.
-        limiter: Bounds samples per inserted step.
+        num_workers: Worker processes, at most ``lookahead``; 0 gathers in this one.
+        lookahead: Batches drawn ahead of delivery, for any number of workers.
+        limiter: Bounds samples per inserted step; of several buffers the first one's.
         transform: Applied to each `Batch`.
         on_worker_death: What to do when a worker dies.
-        timeout_s: Seconds to wait for a batch.
+        timeout_s: Seconds to wait for a batch, > 0.
         seed: Of the draws, >= 0.
-        rank: Which of several learners.
+        rank: Which of several learners, >= 0: each has draws of its own.
 
     Returns:
         The loader.
 
     Raises:
-        ConfigError: If an argument is wrong.
+        ConfigError: If an argument is wrong; all findings at once.
         UnsupportedError: If this version does not serve it.
     """
-    if isinstance(num_workers, int) and num_workers < 0:
-        raise ConfigError(f"make_loader: num_workers is {num_workers}; expected at least 0.")
-    asked = {"num_workers": (num_workers, "auto"), "on_worker_death": (on_worker_death, "restart")}
-    wrong = [f"{name} is {value!r}" for name, (value, refused) in asked.items() if value == refused]
-    wrong += [f"rank is {rank}"] if rank != 0 else []
-    if wrong or not isinstance(num_workers, int):
-        raise UnsupportedError(f"make_loader: {', '.join(wrong)}; expected an int, 'raise' and 0 in this version.")
-    dataset = ReplayDataset(buffer, unit, batch_size=batch_size, transform=transform, limiter=limiter, seed=seed)
-    return ReplayLoader(dataset, num_workers, timeout_s)
+    least = {"batch_size": (batch_size, 1), "lookahead": (lookahead, 0), "seed": (seed, 0), "rank": (rank, 0)}
+    wrong = [f"{name} is {value}; expected at least {low}" for name, (value, low) in least.items() if value < low]
+    if isinstance(num_workers, int) and not 0 <= num_workers <= lookahead:
+        wrong.append(f"num_workers is {num_workers}; expected 0 .. lookahead, which is {lookahead}")
+    if timeout_s <= 0:
+        wrong.append(f"timeout_s is {timeout_s}; expected more than 0")
+    if wrong:
+        raise ConfigError(f"make_loader: {'; '.join(wrong)}.")
+    if not isinstance(num_workers, int) or on_worker_death != "raise":
+        raise UnsupportedError(
+            f"make_loader: num_workers is {num_workers!r} and on_worker_death {on_worker_death!r}; expected an int and "
+            "'raise' in this version."
+        )
+    mix = Mix([(buffer, 1.0)] if isinstance(buffer, ReplayBuffer) else list(buffer), unit, with_workers=num_workers > 0)
+    key = stream_key(seed, "loader", rank=rank)
+    table = DrawTable(mix, key, batch_size, lookahead, shared=num_workers > 0)
+    return ReplayLoader(mix, table, num_workers, transform, timeout_s, limiter)

@@ -1,0 +1,201 @@
+"""One buffer, or several in exact proportion: what a loader draws from."""
+
+import time
+from dataclasses import fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlfeed.errors import ConfigError, FeedTimeoutError, FieldError, NotEnoughDataError, UnsupportedError
+from rlfeed.nest import Nest, build, leaves
+from rlfeed.replay.buffer import ReplayBuffer
+from rlfeed.replay.draws import Draws, prioritized_in
+from rlfeed.replay.limiter import Limiter
+from rlfeed.replay.readers import Allocate, allocate_private
+from rlfeed.replay.samplers import check_fractions, shares, subkey
+from rlfeed.replay.table import DrawTable
+from rlfeed.replay.units import Unit
+from rlfeed.types import Batch
+
+_POLL_S = 0.002
+
+
+class Mix:
+    """Draw from buffers in exact proportion and gather, as one source.
+
+    Args:
+        parts: Buffers of the same spaces, with their fractions.
+        unit: What a draw becomes.
+        with_workers: Whether other processes gather.
+
+    Raises:
+        ConfigError: If the fractions do not sum to 1, or the buffers do not fit together.
+        UnsupportedError: If other processes cannot see a buffer.
+    """
+
+    def __init__(self, parts: list[tuple[ReplayBuffer, float]], unit: Unit, *, with_workers: bool) -> None:
+        self.buffers, self._fractions = [buffer for buffer, _ in parts], [float(share) for _, share in parts]
+        strangers = [type(buffer).__name__ for buffer in self.buffers if not isinstance(buffer, ReplayBuffer)]
+        if strangers or not parts:
+            raise ConfigError(f"make_loader: buffer has {strangers or 'nothing'}; expected ReplayBuffer.")
+        if finding := check_fractions(self._fractions):
+            raise ConfigError(f"make_loader: {finding}; expected fractions of several buffers to sum to 1.")
+        if with_workers and any(buffer.storage_kind == "private" for buffer in self.buffers):
+            raise UnsupportedError(
+                "make_loader: a buffer has storage='private' and num_workers is above 0; expected storage that workers "
+                "see grow. Use storage='shared', or num_workers=0."
+            )
+        columns = [[(c.name, c.path, c.spec) for c in buffer.columns] for buffer in self.buffers]
+        if any(own != columns[0] for own in columns):
+            raise ConfigError("make_loader: the buffers store different fields; expected the same spaces and extras.")
+        self._samplers = [buffer.unit_sampler(unit) for buffer in self.buffers]
+
+    @property
+    def eta(self) -> float:
+        """Give the share of the maximum in the priority of a sequence.
+
+        Returns:
+            Of the first buffer that keeps priorities; 0.9 where none does.
+        """
+        found = [sampler for buffer in self.buffers if (sampler := prioritized_in(buffer.sampler))]
+        return found[0].eta if found else 0.9
+
+    def draw(self, key: int, number: int, count: int, *, tick: bool = True) -> Draws:
+        """Make draws on what the buffers hold now; see `UnitSampler.draw`."""
+        if len(self._samplers) == 1:
+            return self._samplers[0].draw(key, number, count, tick=tick)
+        draws = Draws.blank(key, number, count)
+        for part, mine, before in self._shares(number, count):
+            made = self._samplers[part].draw(subkey(key, part), before, len(mine), tick=tick)
+            draws.ids[mine], draws.limits[mine], draws.weights[mine] = made.ids, made.limits, made.weights
+        return draws
+
+    def gather(self, draws: Draws, allocate: Allocate = allocate_private) -> Batch:
+        """Gather draws; of several buffers each with one gather, then one copy that puts the rows in their order."""
+        if len(self._samplers) == 1:
+            return self._samplers[0].gather(draws, allocate)
+        batches, places = [], []
+        for part, mine, before in self._shares(draws.number, len(draws)):
+            own = Draws(subkey(draws.key, part), before, draws.ids[mine], draws.limits[mine], draws.weights[mine])
+            batches.append(self._samplers[part].gather(own))
+            places.append((part, mine))
+        return _merge(batches, places, len(draws))
+
+    def _shares(self, number: int, count: int) -> list[tuple[int, np.ndarray, int]]:
+        part_of, before = shares(number, count, self._fractions)
+        rows = [np.flatnonzero(part_of == part) for part in range(len(self._samplers))]
+        return [(part, mine, before[part]) for part, mine in enumerate(rows) if len(mine)]
+
+    def tick(self, table: DrawTable, timeout_s: float) -> int:
+        """Make the next draws of a table, waiting for data where others write.
+
+        Args:
+            table: Whose.
+            timeout_s: Seconds to wait.
+
+        Returns:
+            The batch drawn.
+
+        Raises:
+            NotEnoughDataError: If nobody else writes.
+            FeedTimeoutError: If the others do not write enough in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self.buffers[0].gate.wait_to_take(0, timeout_s, self._others_write)
+            try:
+                drawn = table.tick()
+            except NotEnoughDataError as error:
+                if not self._others_write:
+                    raise
+                if time.monotonic() > deadline:
+                    raise FeedTimeoutError(f"sampling: waited {timeout_s:.0f} s for writers. {error}") from error
+                time.sleep(_POLL_S)
+            else:
+                for part, mine, _ in self._shares(drawn * table.batch_size, table.batch_size):
+                    self.buffers[part].count_drawn(len(mine))
+                return drawn
+
+    @property
+    def _others_write(self) -> bool:
+        return any(buffer.has_writers for buffer in self.buffers)
+
+    def limit(self, limiter: Limiter | None, timeout_s: float) -> None:
+        """Set the limiter of the first buffer.
+
+        Args:
+            limiter: The bound, or None.
+            timeout_s: Seconds that a writer waits.
+        """
+        self.buffers[0].gate.limit(limiter, timeout_s)
+
+    def wait_to_take(self, count: int, timeout_s: float) -> None:
+        """Wait until the limiter lets samples through; see `Gate.wait_to_take`."""
+        self.buffers[0].gate.wait_to_take(count, timeout_s, self._others_write)
+
+    def take(self, number: int, count: int) -> None:
+        """Count samples as delivered.
+
+        Args:
+            number: The first one's draw.
+            count: How many.
+        """
+        for part, mine, _ in self._shares(number, count):
+            self.buffers[part].gate.take(len(mine))
+
+    def update_priorities(self, batch: Batch, values: np.ndarray) -> int:
+        """Give the samples of a batch new priorities, each in its buffer.
+
+        Args:
+            batch: From this mix.
+            values: ``[B]``.
+
+        Returns:
+            How many were applied.
+
+        Raises:
+            FieldError: If the batch has no ids, or the shapes differ.
+            UnsupportedError: If no buffer keeps priorities.
+        """
+        if batch.ids is None or values.shape != tuple(batch.ids.shape):
+            ids = None if batch.ids is None else tuple(batch.ids.shape)
+            raise FieldError(f"update_priorities: values has shape {values.shape}, ids {ids}; expected one per sample.")
+        if batch.source is None:
+            return self.buffers[0].update_priorities(batch.ids, values)
+        applied, source = 0, batch.source.cpu().numpy()
+        keeping = [part for part, buffer in enumerate(self.buffers) if prioritized_in(buffer.sampler)]
+        for part in keeping or range(len(self.buffers)):
+            mine = source == part
+            applied += self.buffers[part].update_priorities(batch.ids.cpu().numpy()[mine], values[mine])
+        return applied
+
+
+def _merge(batches: list[Batch], places: list[tuple[int, np.ndarray]], count: int) -> Batch:
+    """Put rows that were gathered apart in their order; shorter windows are padded with zeros."""
+    order = torch.from_numpy(np.argsort(np.concatenate([rows for _, rows in places])))
+    names = [f.name for f in fields(Batch) if f.init and f.name != "source"]
+    merged: dict[str, Nest] = {}
+    for name in names:
+        nests = [getattr(batch, name) for batch in batches]
+        if nests[0] is None or nests[0] in ((), {}):
+            continue
+        by_path = [dict(leaves(nest)) for nest in nests]
+        merged[name] = build([(path, _stack([leaf[path] for leaf in by_path])[order]) for path in by_path[0]])
+    source = np.empty(count, np.int64)
+    for part, rows in places:
+        source[rows] = part
+    return Batch(**merged, source=torch.from_numpy(source))  # pyright: ignore[reportArgumentType]
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    if parts[0].ndim > 1 and len({part.shape[1] for part in parts}) > 1:
+        longest = max(part.shape[1] for part in parts)
+        parts = [_padded(part, longest) for part in parts]
+    return torch.cat(parts)
+
+
+def _padded(part: Tensor, length: int) -> Tensor:
+    out = part.new_zeros((part.shape[0], length, *part.shape[2:]))
+    out[:, : part.shape[1]] = part
+    return out
