@@ -44,7 +44,7 @@ class ReplayDataset(IterableDataset[Any]):
             ``DataLoader(..., batch_size=B, collate_fn=pad_collate)``. A collate function that is not ours gets mappings
             of arrays, one by one, and with several workers in another order of draws.
         transform: Applied to each `Batch`, in the worker where there is one.
-        limiter: Bounds samples per inserted step.
+        limiter: Bounds samples per inserted step; counts draws, for torch shows nobody a delivery.
         seed: Of the draws, >= 0.
 
     Raises:
@@ -67,11 +67,11 @@ class ReplayDataset(IterableDataset[Any]):
             raise ConfigError(f"ReplayDataset: batch_size is {batch_size}; expected at least 1, or None.")
         if seed < 0:
             raise ConfigError(f"ReplayDataset: seed is {seed}; expected at least 0.")
-        if limiter is not None:
-            raise UnsupportedError(f"ReplayDataset: limiter is {limiter}; expected None in this version.")
         self._turns = _Turns()
         buffer.unit_sampler(unit)  # refuses a unit that does not fit, now rather than in a worker
         self.buffer, self.unit, self.batch_size, self.transform, self.seed = buffer, unit, batch_size, transform, seed
+        if limiter is not None:
+            buffer.gate.limit(limiter, WAIT_S)
 
     def __iter__(self) -> Iterator[Any]:
         return _Stream(self)
@@ -179,12 +179,18 @@ class _Stream:
     def _read(self, number: int, size: int) -> Batch:
         # A block born in shared memory travels to the learner without another copy.
         allocate = allocate_shared if self.in_worker else allocate_private
+        buffer, counter = self.dataset.buffer, self.worker + 1 if self.in_worker else 0
+        others_write = self.in_worker or buffer.has_writers
         deadline, parent = time.monotonic() + WAIT_S, os.getppid()
         while True:
             try:
-                return self.sampler.read(self.key, number, size, allocate, tick=not self.in_worker)
+                buffer.gate.wait_to_take(size, WAIT_S, others_write)
+                batch = self.sampler.read(self.key, number, size, allocate, tick=not self.in_worker)
+                buffer.gate.take(size, counter)
+                buffer.count_drawn(size, counter)
+                return batch
             except NotEnoughDataError as error:
-                if not self.in_worker:  # the caller is the only writer: waiting for itself would never end
+                if not others_write:  # the caller is the only writer: waiting for itself would never end
                     raise
                 if time.monotonic() > deadline:
                     raise FeedTimeoutError(f"worker {self.worker} waited {WAIT_S:.0f} s for data. {error}") from error

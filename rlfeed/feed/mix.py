@@ -46,8 +46,7 @@ class Mix:
                 "make_loader: a buffer has storage='private' and num_workers is above 0; expected storage that workers "
                 "see grow. Use storage='shared', or num_workers=0."
             )
-        columns = [[(c.name, c.path, c.spec) for c in buffer.columns] for buffer in self.buffers]
-        if any(own != columns[0] for own in columns):
+        if any(buffer.columns != self.buffers[0].columns for buffer in self.buffers):
             raise ConfigError("make_loader: the buffers store different fields; expected the same spaces and extras.")
         self._samplers = [buffer.unit_sampler(unit) for buffer in self.buffers]
 

@@ -1,8 +1,8 @@
 """The replay buffer: lanes of steps that any number of processes read while they grow."""
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rlfeed.nest import Nest
 from rlfeed.replay import checkpoint
 from rlfeed.replay import kernels as k
 from rlfeed.replay.draws import beta_of, prioritized_in
+from rlfeed.replay.limiter import Gate
 from rlfeed.replay.memory import Kind
 from rlfeed.replay.priorities import Priorities
 from rlfeed.replay.samplers import (
@@ -25,43 +26,16 @@ from rlfeed.replay.samplers import (
     sampler_to_json,
     stream_key,
 )
+from rlfeed.replay.stats import DRAWERS, ReplayStats, count_stats
 from rlfeed.replay.storage import Storage
 from rlfeed.replay.unit_sampler import UnitSampler
 from rlfeed.replay.units import Unit
 from rlfeed.replay.writeback import write_back
 from rlfeed.replay.writer import NOBODY, Writer, claim_lanes, cut_lanes, release_lanes
-from rlfeed.specs import from_space
+from rlfeed.specs import ArraySpec, from_space
 from rlfeed.types import Batch, Stateful, Step
 
 Lanes = Sequence[int] | np.ndarray
-
-
-@dataclass(frozen=True, slots=True)
-class ReplayStats:
-    """Count what a buffer holds and what happened to it.
-
-    Args:
-        steps: Steps stored.
-        rows: Rows in use, closing rows included.
-        capacity_rows: Rows there are.
-        capacity_steps: Steps that fit, at the episode lengths seen.
-        episodes: Whole episodes stored that ended or were cut.
-        inserted: Steps ever inserted.
-        drawn: Samples drawn by `ReplayBuffer.sample` in this process.
-        stale_updates: Late updates dropped because their step had been overwritten.
-        nbytes: Bytes of storage, all of them reserved at construction.
-    """
-
-    steps: int
-    rows: int
-    capacity_rows: int
-    capacity_steps: int
-    episodes: int
-    inserted: int
-    drawn: int
-    stale_updates: int
-    nbytes: int
-
 
 class ReplayBuffer:
     """Store steps of ``num_envs`` lanes and sample transitions, sequences or episodes from them.
@@ -141,6 +115,7 @@ class ReplayBuffer:
         self._parts: dict[str, Stateful] = {}  # what is saved beside the rows
         self._unclaimed: dict[str, Any] = {}  # and what was loaded of parts that nobody has asked for yet
         self._saved: checkpoint.Saved | None = None
+        self.gate = Gate(self._storage)
         self._key, self._pid = stream_key(self.seed, "sample", turn=copy), os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -298,6 +273,8 @@ class ReplayBuffer:
             self._bind(copy=self._storage.next_copy())
         batch = self.unit_sampler(unit).read(self._key, self._drawn, batch_size)
         self._drawn += batch_size
+        self.count_drawn(batch_size)
+        self.gate.take(batch_size)
         return batch
 
     def update_priorities(self, ids: np.ndarray, values: np.ndarray) -> int:
@@ -362,21 +339,41 @@ class ReplayBuffer:
         Returns:
             The counters, read without stopping anybody.
         """
-        counts = np.empty(3, np.int64)
-        steps = int(k.count_steps(self._storage.plan, counts))
-        episodes, rows, inserted = (int(n) for n in counts)
-        capacity = self._storage.rows * self._storage.lanes
-        return ReplayStats(
-            steps=steps,
-            rows=rows,
-            capacity_rows=capacity,
-            capacity_steps=capacity if rows == 0 else capacity * steps // rows,
-            episodes=episodes,
-            inserted=inserted,
-            drawn=self._drawn,
-            stale_updates=int(self._storage.words(k.STALE_UPDATES, k.STALE_UPDATES + 1)[0]),
-            nbytes=self._storage.nbytes,
-        )
+        drawn = [sampler.last for sampler in self._unit_samplers.values() if sampler.last is not None]
+        return count_stats(self._storage, self.gate, drawn[-1] if drawn else None)
+
+    @property
+    def has_writers(self) -> bool:
+        """Tell whether writers have claimed lanes: somebody else may add while this process waits.
+
+        Returns:
+            True where one has.
+        """
+        return bool(self._storage.heads()[4].any())
+
+    @property
+    def columns(self) -> list[tuple[str, Any, ArraySpec]]:
+        """List what is stored in a row.
+
+        Returns:
+            Field, path in it, shape and dtype.
+        """
+        return [(column.name, column.path, column.spec) for column in self._storage.columns]
+
+    def count_drawn(self, count: int, counter: int = 0) -> None:
+        """Count samples that a loader has drawn.
+
+        Args:
+            count: How many.
+            counter: Which process, 0 .. 63.
+        """
+        self._storage.words(0, DRAWERS)[counter % DRAWERS] += count
+
+    @contextmanager
+    def bypass_limiter(self) -> Iterator[None]:
+        """Let writers pass the limiter, and leave what they insert meanwhile out of the proportion: for prefilling."""
+        with self.gate.bypassed():
+            yield
 
     def save(self, directory: str | Path) -> None:
         """Save everything: rows, heads, counters and draw numbers; other processes may go on writing meanwhile.
@@ -433,6 +430,7 @@ class ReplayBuffer:
             buffer.sampler, parts = sampler_from_json(state["sampler"]), dict(state["parts"])
             buffer._start()
             buffer._drawn, buffer._unclaimed, buffer._saved = state["drawn"], parts, saved
+            buffer.gate.open()
             for name, part in list(buffer._parts.items()):
                 buffer._keep(name, part)
         except (KeyError, TypeError, ValueError) as error:

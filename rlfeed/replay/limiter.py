@@ -64,7 +64,7 @@ class Gate:
     def __init__(self, storage: Storage) -> None:
         self._heads = storage.heads()
         self._words, self._floats = storage.words(0, 192), storage.words(0, 192).view(np.float64)
-        self._active = self._words[_ACTIVE : _ACTIVE + 1]
+        self.active = self._words[_ACTIVE : _ACTIVE + 1]
 
     def open(self) -> None:
         """Forget the limiter, and keep the counts: whoever set it is gone."""
@@ -130,7 +130,7 @@ class Gate:
         Returns:
             Steps; 0 where they may be taken now.
         """
-        if not self._active[0]:
+        if not self.active[0]:
             return 0
         inserted, offset = self.inserted, max(self._words[_MIN_SIZE], self._words[_BYPASSED])
         if inserted < self._words[_MIN_SIZE]:
@@ -172,10 +172,10 @@ class Gate:
         Raises:
             FeedTimeoutError: If the learner does not come.
         """
-        if not self._active[0] or self._words[_OPEN] or self._words[_PID] == os.getpid():
+        if not self.active[0] or self._words[_OPEN] or self._words[_PID] == os.getpid():
             return
         deadline = time.monotonic() + float(self._floats[_TIMEOUT_S])
-        while self._active[0] and not self._words[_OPEN] and (surplus := self._surplus()) > 0:
+        while self.active[0] and not self._words[_OPEN] and (surplus := self._surplus()) > 0:
             if time.monotonic() > deadline:
                 raise FeedTimeoutError(
                     f"inserting: waited {self._floats[_TIMEOUT_S]:.0f} s for the learner to take {math.ceil(surplus)} "

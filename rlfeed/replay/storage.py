@@ -228,6 +228,19 @@ class Storage:
         found = {c.path: c for c in self.columns if c.name == name}
         return [found[path] for path, _ in leaves(self.fields[name])] if name in self.fields else []
 
+    def view(self, column: Column) -> np.ndarray:
+        """View a column on the live memory, by lane and physical row: for counting and for people.
+
+        Args:
+            column: One that every row has.
+
+        Returns:
+            ``[lanes, rows, ...]`` of the column's dtype.
+        """
+        spec = column.spec
+        strides = (self.rows * column.pitch, column.pitch, *np.empty(spec.shape, spec.dtype).strides)
+        return np.ndarray((self.lanes, self.rows, *spec.shape), spec.dtype, self.memory.bytes, column.offset, strides)
+
     def table(self, columns: list[tuple[Column, int]]) -> np.ndarray:
         """Describe columns to a kernel.
 

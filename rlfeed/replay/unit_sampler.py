@@ -39,6 +39,7 @@ class UnitSampler:
                 f"sample. Raise capacity to at least {span * storage.lanes} rows, or sample less."
             )
         self.unit, self._storage = unit, storage
+        self.last: Draws | None = None  # what was drawn last, for its age
         self.drawer, self.reader = drawer_for(storage, sampler, unit, priorities), reader_for(storage, unit)
 
     def draw(self, key: int, number: int, count: int, *, tick: bool = True) -> Draws:
@@ -59,6 +60,7 @@ class UnitSampler:
         draws = Draws.blank(key, number, count)
         if not self.drawer.draw(draws, tick=tick):
             raise self.nothing()
+        self.last = draws
         return draws
 
     def gather(self, draws: Draws, allocate: Allocate = allocate_private) -> Batch:

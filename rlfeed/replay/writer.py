@@ -10,6 +10,7 @@ from rlfeed.errors import ConfigError, FieldError, LaneError
 from rlfeed.nest import Nest, Path, build, describe, leaves
 from rlfeed.replay import kernels as k
 from rlfeed.replay.ingest import write_episodes
+from rlfeed.replay.limiter import Gate
 from rlfeed.replay.storage import Column, Storage
 from rlfeed.specs import ArraySpec
 from rlfeed.types import Batch, Step
@@ -39,6 +40,7 @@ class Writer:
         self._where = "Writer" if owner else "ReplayBuffer"
         self._inputs = _Inputs(storage)
         self._program = _program(storage, self._inputs, self._lanes, owner)
+        self._gate = Gate(storage)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"storage": self._storage, "lanes": self._lanes, "owner": self._owner}
@@ -58,7 +60,10 @@ class Writer:
         Raises:
             FieldError: If a field does not fit; all findings at once.
             LaneError: If a row does not continue its lane, or the lane is not this writer's.
+            FeedTimeoutError: If a limiter holds writers back and the learner does not come.
         """
+        if self._gate.active[0]:
+            self._gate.wait_to_insert()
         try:
             inputs = self._inputs.read(step)
             ids = np.empty(len(step.reward), np.int64)
