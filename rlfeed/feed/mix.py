@@ -161,7 +161,7 @@ class Mix:
             ids = None if batch.ids is None else tuple(batch.ids.shape)
             raise FieldError(f"update_priorities: values has shape {values.shape}, ids {ids}; expected one per sample.")
         if batch.source is None:
-            return self.buffers[0].update_priorities(batch.ids, values)
+            return self.buffers[0].update_priorities(batch.ids.numpy(), values)
         applied, source = 0, batch.source.cpu().numpy()
         keeping = [part for part, buffer in enumerate(self.buffers) if prioritized_in(buffer.sampler)]
         for part in keeping or range(len(self.buffers)):

@@ -220,7 +220,7 @@ def test_limiter_tells_a_learner_that_is_the_only_writer_how_many_steps_to_colle
     fill(buffer, 7, 10)
     batches = iter(loader)
     next(batches)  # the tolerance
-    with pytest.raises(errors.NotEnoughDataError, match="expected 2 more steps first.*"):
+    with pytest.raises(errors.NotEnoughDataError, match="expected 2 more steps first"):
         next(batches)
     for i in range(10, 40, 2):
         fill(buffer, i, i + 2)
