@@ -61,7 +61,17 @@ class Mix:
         return found[0].eta if found else 0.9
 
     def draw(self, key: int, number: int, count: int, *, tick: bool = True) -> Draws:
-        """Make draws on what the buffers hold now; see `UnitSampler.draw`."""
+        """Make draws on what the buffers hold now; see `UnitSampler.draw`.
+
+        Args:
+            key: The stream of draws.
+            number: The first draw.
+            count: B.
+            tick: Whether this process may fold new rows into the trees of priorities.
+
+        Returns:
+            The draws.
+        """
         if len(self._samplers) == 1:
             return self._samplers[0].draw(key, number, count, tick=tick)
         draws = Draws.blank(key, number, count)
@@ -71,7 +81,15 @@ class Mix:
         return draws
 
     def gather(self, draws: Draws, allocate: Allocate = allocate_private) -> Batch:
-        """Gather draws; of several buffers each with one gather, then one copy that puts the rows in their order."""
+        """Gather draws; of several buffers each with one gather, then one copy that puts the rows in their order.
+
+        Args:
+            draws: What was drawn.
+            allocate: Where the block of a single buffer comes from.
+
+        Returns:
+            The batch.
+        """
         if len(self._samplers) == 1:
             return self._samplers[0].gather(draws, allocate)
         batches, places = [], []

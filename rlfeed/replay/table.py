@@ -14,16 +14,36 @@ from rlfeed.replay.memory import Memory
 from rlfeed.replay.readers import Allocate
 from rlfeed.types import Batch
 
+KEPT = 32  # entries beside those drawn ahead: the one being made, and those that a `DeviceFeed` has taken ahead
+
 
 class Source(Protocol):
     """Draw and gather: a `UnitSampler`, or several buffers mixed."""
 
     def draw(self, key: int, number: int, count: int, *, tick: bool = True) -> Draws:
-        """Make draws ``number .. number + count - 1`` on what is stored now."""
+        """Make draws ``number .. number + count - 1`` on what is stored now; see `UnitSampler.draw`.
+
+        Args:
+            key: The stream of draws.
+            number: The first draw.
+            count: B.
+            tick: Whether this process may fold new rows into the tree of priorities.
+
+        Returns:
+            The draws.
+        """
         ...
 
     def gather(self, draws: Draws, allocate: Allocate = ...) -> Batch:
-        """Gather draws into one block."""
+        """Gather draws into one block; see `UnitSampler.gather`.
+
+        Args:
+            draws: What was drawn.
+            allocate: Where the block comes from.
+
+        Returns:
+            The batch.
+        """
         ...
 
 
@@ -41,12 +61,12 @@ class DrawTable:
     def __init__(self, source: Source, key: int, batch_size: int, lookahead: int, *, shared: bool) -> None:
         self._source, self.key, self.batch_size, self.lookahead = source, key, batch_size, lookahead
         self.drawn = 0  # batches: the number of the next one to draw
-        self._memory = Memory("shared" if shared else "private", (lookahead + 1) * 3 * batch_size * 8)
+        self._memory = Memory("shared" if shared else "private", (lookahead + KEPT) * 3 * batch_size * 8)
         self._bind()
 
     def _bind(self) -> None:
-        words = self._memory.bytes[: (self.lookahead + 1) * 3 * self.batch_size * 8]
-        self._entries = words.view(np.int64).reshape(self.lookahead + 1, 3, self.batch_size)
+        words = self._memory.bytes[: (self.lookahead + KEPT) * 3 * self.batch_size * 8]
+        self._entries = words.view(np.int64).reshape(self.lookahead + KEPT, 3, self.batch_size)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_entries"}
@@ -75,12 +95,12 @@ class DrawTable:
         """Give a batch's draws, in any process.
 
         Args:
-            batch: Its number, among the last ``lookahead + 1``.
+            batch: Its number, among the last ``lookahead + KEPT``.
 
         Returns:
             The draws, in the table's memory.
         """
-        ids, limits, weights = self._entries[batch % (self.lookahead + 1)]
+        ids, limits, weights = self._entries[batch % (self.lookahead + KEPT)]
         return Draws(self.key, batch * self.batch_size, ids, limits, weights.view(np.float64))
 
     def state_dict(self, delivered: int) -> dict[str, Any]:
@@ -92,7 +112,7 @@ class DrawTable:
         Returns:
             The next batch to deliver, and the draws from there on.
         """
-        entries = [self._entries[batch % (self.lookahead + 1)] for batch in range(delivered, self.drawn)]
+        entries = [self._entries[batch % (self.lookahead + KEPT)] for batch in range(delivered, self.drawn)]
         shape = (0, 3, self.batch_size)
         return {"batch": delivered, "entries": np.stack(entries) if entries else np.empty(shape, np.int64)}
 
@@ -104,5 +124,5 @@ class DrawTable:
         """
         begin, entries = int(state["batch"]), state["entries"]
         for batch, entry in enumerate(entries, begin):
-            self._entries[batch % (self.lookahead + 1)] = entry
+            self._entries[batch % (self.lookahead + KEPT)] = entry
         self.drawn = begin + len(entries)
