@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from rlfeed.layout import Layout, Slot
 from rlfeed.replay import kernels as k
 from rlfeed.replay.storage import Storage
-from rlfeed.types import Layout, Slot
 
 
 @dataclass(frozen=True, slots=True)

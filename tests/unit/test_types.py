@@ -136,7 +136,8 @@ def test_batch_fields_in_plain_memory_lie_in_the_block_at_their_offsets(batch):
 
 COMPILED = """
 import torch
-from rlfeed.types import Batch, Layout, Slot
+from rlfeed.layout import Layout, Slot
+from rlfeed.types import Batch
 
 block = torch.arange(64, dtype=torch.float32).view(torch.uint8)
 layout = Layout((Slot("reward", (), torch.float32, (4,), 0), Slot("discount", (), torch.float32, (2, 2), 64)), 256)
