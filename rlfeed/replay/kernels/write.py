@@ -56,6 +56,7 @@ from rlfeed.replay.kernels.rows import (
     is_open,
     next_index,
     record_of,
+    slot_by,
     slot_of,
 )
 from rlfeed.replay.kernels.words import (
@@ -133,11 +134,15 @@ def find_fault(
     """
     lanes, lost, first = control[ENV_IDS], control[LOST], control[IS_FIRST_INPUT]
     owner, highest = program[OWNER], np.int64(-1)
+    # By name: nothing is kept in a register over a load that orders memory.
+    owners, committed, records, stride = plan[OWNERS], plan[COMMITTED], plan[RECORDS], plan[STRIDE]
+    rows, inverse, most = plan[ROWS], 1.0 / np.float64(plan[ROWS]), plan[LANES]
+    named = program[OWN_COUNT] if lanes == program[OWN_LANES] else count
     for i in range(count):
-        if lanes == program[OWN_LANES] and i >= program[OWN_COUNT]:
+        if i >= named:
             return 1 + 8 * i + NO_LANE
         lane = load_i64(lanes + i * 8)
-        if lane < 0 or lane >= plan[LANES]:
+        if lane < 0 or lane >= most:
             return 1 + 8 * i + NO_LANE
         if lane > highest:
             highest = lane
@@ -145,14 +150,14 @@ def find_fault(
             for j in range(i):
                 if load_i64(lanes + j * 8) == lane:
                     return 1 + 8 * i + TWICE
-        if load_acquire(plan[OWNERS] + lane * 8) != owner:
+        if load_acquire(owners + lane * 8) != owner:
             return 1 + 8 * i + NOT_OWNED
-        head = load_acquire(plan[COMMITTED] + lane * 8)
-        slots[i] = slot_of(plan, head - 1) if head > 0 else -1
+        head = load_acquire(committed + lane * 8)
+        slots[i] = slot_by(rows, inverse, head - 1) if head > 0 else -1
         if lost != 0 and load_u8(lost + i):
             continue
         if not load_u8(first + i):
-            record = plan[RECORDS] + (lane * plan[ROWS] + slots[i]) * plan[STRIDE]
+            record = records + (lane * rows + slots[i]) * stride
             if head == 0 or load_u8(record + FLAGS) & CLOSING:
                 return 1 + 8 * i + NOT_OPEN
         if load_u32(numbers[0] + i * 4) & INFINITE == INFINITE:
@@ -264,10 +269,10 @@ def write_step(program: np.ndarray, items: int, ids: int) -> int:
     if fault != STORED:
         return fault
     lanes, lost, first = control[ENV_IDS], control[LOST], control[IS_FIRST_INPUT]
-    rows, stride, any_first = plan[ROWS], plan[STRIDE], False
+    rows, stride, any_first, committed, records = plan[ROWS], plan[STRIDE], False, plan[COMMITTED], plan[RECORDS]
     for i in range(count):
         lane = load_i64(lanes + i * 8)
-        head = load_acquire(plan[COMMITTED] + lane * 8)
+        head = load_acquire(committed + lane * 8)
         opens, gone = load_u8(first + i) != 0, lost != 0 and load_u8(lost + i) != 0
         if (opens or gone) and is_open(plan, lane):  # the episode before was left without an end
             close_open(plan, lane)
@@ -294,9 +299,10 @@ def write_step(program: np.ndarray, items: int, ids: int) -> int:
             commit_lane(plan, lane, np.int64(load_u8(first + i) != 0), 1, row + 2)
             store_i64(out + i * 8, (lane << LANE_SHIFT) | row)
             # With many lanes nothing else brings the next rows near in time.
-            upcoming = plan[RECORDS] + (places[1, i] + 1) * stride
+            upcoming = records + (places[1, i] + 1) * stride
             for line in range(0, stride, 64):
                 prefetch(upcoming + line)
+            prefetch(upcoming + stride - 1)
     return STORED
 
 
