@@ -12,6 +12,7 @@ the GIL. Each has a slow and obvious twin in the tests.
     stacks   rows to stacks of frames
     windows  rows to padded windows of steps
     objects  arrays and tuples by address
+    lanes    owners, reservations, cuts
     write    steps to rows
     writeback  what the learner rewrites
     restore  heads to a checkpoint and back
@@ -19,6 +20,7 @@ the GIL. Each has a slow and obvious twin in the tests.
 
 from rlfeed.replay.kernels.draw import draw_episodes, draw_steps
 from rlfeed.replay.kernels.gather import gather_transitions
+from rlfeed.replay.kernels.lanes import choose_lane, claim_lane, count_up, cut_lane, free_lane
 from rlfeed.replay.kernels.objects import EXPECT_SIZE, data_of, kind_word, runtime
 from rlfeed.replay.kernels.recent import draw_recent
 from rlfeed.replay.kernels.restore import reserved_head, restore_heads, snapshot_heads
@@ -90,11 +92,6 @@ from rlfeed.replay.kernels.write import (
     STORED,
     TWICE,
     WRITTEN,
-    choose_lane,
-    claim_lane,
-    count_up,
-    cut_lane,
-    free_lane,
     write_episode,
     write_step,
 )

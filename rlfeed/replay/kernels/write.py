@@ -1,14 +1,11 @@
-"""From steps to rows: checked first, then reserved, written and committed for all lanes at once.
-
-A writer may be killed between any two stores. What it had not committed is behind the head, where nobody looks, or in
-the open row, which `free_lane` closes; rows it had reserved stay dead.
-"""
+"""From steps to rows: checked first, then reserved, written and committed for all lanes at once."""
 # NumPy's integers are ints to numba:
 # pyright: reportArgumentType=false, reportReturnType=false
 
 import numpy as np
 from numba import njit
 
+from rlfeed.replay.kernels.lanes import close_open, commit_lane, reserve
 from rlfeed.replay.kernels.objects import (
     DATA,
     DIMENSIONS,
@@ -40,22 +37,18 @@ from rlfeed.replay.kernels.rows import (
     PITCH,
     PLAN_SIZE,
     RECORDS,
-    RESERVED,
     ROLE,
     ROLE_CARRY,
     ROLE_OBSERVATION,
     ROLE_SUCCESSOR,
     ROWS,
-    STEPS,
     STRIDE,
     TERMINATED,
     TRUNCATED,
     carry_entry,
-    full_ordinal,
     index_of,
     is_open,
     next_index,
-    record_of,
     slot_by,
     slot_of,
 )
@@ -69,10 +62,8 @@ from rlfeed.replay.kernels.words import (
     load_u32,
     prefetch,
     store_i64,
-    store_release,
     store_u8,
     store_u32,
-    swap_if,
 )
 
 # A writer's program, one int64 vector: its size line, what this process is like, the plan, then the tables. OWNER is
@@ -89,19 +80,6 @@ STORED, MISFIT = 0, -1
 NO_LANE, TWICE, NOT_OPEN, NOT_OWNED, BAD_REWARD, BAD_PRIORITY = range(6)
 BLOCK = 64  # lanes that are written field by field before the next ones
 INFINITE = 0x7F800000  # the exponent of a float32 that is infinite or no number
-
-
-@njit
-def close_open(plan: np.ndarray, lane: int) -> None:
-    """Close a lane's open row: the episode was cut, its last complete step keeps both flags False."""
-    record = record_of(plan, lane, load_acquire(plan[COMMITTED] + lane * 8) - 1)
-    store_u8(record + FLAGS, np.uint8((load_u8(record + FLAGS) & FIRST) | CLOSING | CUT))
-
-
-@njit
-def reserve(plan: np.ndarray, lane: int, head: int) -> None:
-    """Give rows up before they are written; never back: what a killed writer or a lost save gave up stays so."""
-    store_release(plan[RESERVED] + lane * 8, max(head, load_acquire(plan[RESERVED] + lane * 8)))
 
 
 @njit
@@ -229,16 +207,6 @@ def copy_field(
                 copy_row(base + line[i] * pitch, source + i * nbytes, nbytes)
 
 
-@njit
-def commit_lane(plan: np.ndarray, lane: int, opens: int, steps: int, head: int) -> None:
-    """Publish a lane's new rows; the counts run ahead of the head."""
-    at = lane * 8
-    if opens:
-        store_release(plan[EPISODES] + at, load_acquire(plan[EPISODES] + at) + opens)
-    store_release(plan[STEPS] + at, load_acquire(plan[STEPS] + at) + steps)
-    store_release(plan[COMMITTED] + at, head)
-
-
 @kernel("int64(int64[::1], int64, int64)")
 def write_step(program: np.ndarray, items: int, ids: int) -> int:
     """Store one step of each lane: its part of the open row, and the next row with the successor's observation.
@@ -348,101 +316,3 @@ def write_episode(plan: np.ndarray, fields: np.ndarray, lane: int, steps: int, e
         slot, index = slot + 1 if slot + 1 < rows else 0, next_index(plan, index)
     commit_lane(plan, lane, 1, steps, head + steps + 1)
     return head
-
-
-@kernel("int64(int64[::1], int64[::1], int64)")
-def choose_lane(plan: np.ndarray, lanes: np.ndarray, owner: int) -> int:
-    """Choose the lane for a whole episode: of those where none is open, the one with the fewest rows written.
-
-    Args:
-        plan: The storage.
-        lanes: Which lanes come into question.
-        owner: Who must have them.
-
-    Returns:
-        The lane, -1 where there is none.
-    """
-    chosen, fewest = np.int64(-1), np.int64(0)
-    for lane in lanes:
-        head = load_acquire(plan[COMMITTED] + lane * 8)
-        if load_acquire(plan[OWNERS] + lane * 8) == owner and (chosen < 0 or head < fewest) and not is_open(plan, lane):
-            chosen, fewest = lane, head
-    return chosen
-
-
-@kernel("int64(int64[::1], int64)")
-def cut_lane(plan: np.ndarray, lane: int) -> int:
-    """Close a lane's open row, if it has one.
-
-    Args:
-        plan: The storage.
-        lane: Which.
-
-    Returns:
-        1 where an episode was cut, 0 where none was open.
-    """
-    if not is_open(plan, lane):
-        return 0
-    close_open(plan, lane)
-    fence()
-    return 1
-
-
-@kernel("int64(int64[::1], int64, int64, int64)")
-def claim_lane(plan: np.ndarray, lane: int, owner: int, next_owner: int) -> int:
-    """Give a lane from one owner to the next.
-
-    Args:
-        plan: The storage.
-        lane: Which.
-        owner: Who must have it, 0 for nobody.
-        next_owner: Who gets it, 0 for nobody.
-
-    Returns:
-        Who had it: where that is not ``owner``, nothing has changed.
-    """
-    return swap_if(plan[OWNERS] + lane * 8, owner, next_owner)
-
-
-@kernel("int64(int64[::1], int64)")
-def free_lane(plan: np.ndarray, lane: int) -> int:
-    """Mend a lane whose writer has left or was killed anywhere, and take it from its owner.
-
-    The counts may have run ahead of the head: a step and an episode that were never committed. What is committed says
-    what they are: every episode has one row that holds no step.
-
-    Args:
-        plan: The storage.
-        lane: Which.
-
-    Returns:
-        1 where an episode was cut, 0 where none was open.
-    """
-    at = lane * 8
-    store_release(plan[OWNERS] + at, -1)  # nobody's while it is mended: the writer, should it live, is refused
-    fence()
-    head = load_acquire(plan[COMMITTED] + at)
-    open_ = np.int64(is_open(plan, lane))
-    if open_:
-        close_open(plan, lane)
-    episodes = full_ordinal(plan, lane, record_of(plan, lane, head - 1)) + 1 if head > 0 else np.int64(0)
-    store_release(plan[EPISODES] + at, episodes)
-    store_release(plan[STEPS] + at, head - episodes)
-    store_release(plan[OWNERS] + at, 0)
-    return open_
-
-
-@kernel("int64(int64)")
-def count_up(word: int) -> int:
-    """Add 1 to a shared word, whoever else does so.
-
-    Args:
-        word: Its address.
-
-    Returns:
-        The new value.
-    """
-    while True:
-        value = load_acquire(word)
-        if swap_if(word, value, value + 1) == value:
-            return value + 1

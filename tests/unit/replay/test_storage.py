@@ -95,6 +95,6 @@ def test_counters_beyond_32_bits_change_nothing(head):
         batch = buffer.sample(50, Transition())
         for i, start in enumerate((batch.ids - head).tolist()):
             expected = twin.transition(start, Transition())
-            assert tuple(batch.observation["vector"][i].tolist()) == expected["observation"]
-            assert tuple(batch.next_observation["vector"][i].tolist()) == expected["next_observation"]
+            assert np.array_equal(batch.observation["vector"][i], expected["observation"]["vector"])
+            assert np.array_equal(batch.next_observation["vector"][i], expected["next_observation"]["vector"])
     assert buffer.stats().inserted == head - episodes + 40
