@@ -90,7 +90,7 @@ def _pad(samples: list[Mapping[str, Nest]]) -> Batch:
     if sequences:
         fields["lengths"] = torch.tensor(lengths, dtype=torch.int64)
         inside = torch.arange(max(lengths)) < fields["lengths"][:, None]
-        fields["mask"] = inside
+        fields.setdefault("mask", inside)  # windows that cross the ends of episodes are masked inside, too
         fields.setdefault("loss_mask", inside)
     blank = torch.zeros_like(fields["reward"], dtype=torch.bool)
     return Batch(**{"terminated": blank, "truncated": blank, **fields})

@@ -14,6 +14,7 @@ from rlfeed.errors import ConfigError
 from rlfeed.replay import kernels as k
 from rlfeed.replay.carver import Carver
 from rlfeed.replay.draws import Draws
+from rlfeed.replay.hindsight import Relabeller
 from rlfeed.replay.storage import Storage
 from rlfeed.replay.units import Episode, Sequence, Transition, Unit, rule_of
 from rlfeed.types import Batch
@@ -98,25 +99,35 @@ class TransitionReader(Reader):
         computed = [*_FLAGS, ("weights", torch.float32), ("ids", torch.int64)]
         self._carver = Carver(storage, copied, [(name, dtype, "B") for name, dtype in computed], unit.n_step)
         self._rule = rule_of(unit, storage)
+        self._relabeller = None if unit.relabel is None else Relabeller(storage, unit, unit.relabel)
 
     def collect(self, draws: Draws, again: Redraw, allocate: Allocate) -> Batch:
         """Gather what was drawn into one block; see `Reader.collect`."""
         ids, limits, plan, unit = draws.ids, draws.limits, self._plan, self.unit
         carved = self._carver.carve(len(ids))
         block, todo = allocate(carved.layout.nbytes), np.arange(len(ids))
-        address = block.data_ptr()
+        address, relabeller = block.data_ptr(), self._relabeller
+        goals = relabeller.start(draws, carved.layout, address) if relabeller is not None else None
         while True:
-            also = todo.copy() if len(carved.stacks) else todo
+            # Each pass checks what those before it read, and later: what was stale for one is stale for the next.
+            passes = todo.copy() if goals is not None or len(carved.stacks) else todo
             stale = k.gather_transitions(
-                plan, carved.table, address, ids, limits, todo, unit.gamma, unit.n_step, carved.computed
+                plan, carved.table, address, ids, limits, passes, unit.gamma, unit.n_step, carved.computed
             )
-            if also is not todo:  # it checks rows that are older, and later: what was stale is stale
-                todo = also
-                stale = k.gather_stacks(plan, self._rule, carved.stacks, address, ids, limits, todo, unit.n_step)
+            if len(carved.stacks):
+                passes = todo.copy()
+                stale = k.gather_stacks(plan, self._rule, carved.stacks, address, ids, limits, passes, unit.n_step)
+            if goals is not None:
+                passes = todo.copy()
+                stale = goals.gather(passes)
             if not stale:
-                return Batch.carve(block, carved.layout, plain=allocate is allocate_private)
-            todo = todo[:stale]  # only what was overwritten is drawn and copied again
+                break
+            todo = passes[:stale]  # only what was overwritten is drawn and copied again
             again(todo)
+        batch = Batch.carve(block, carved.layout, plain=allocate is allocate_private)
+        if goals is not None:
+            goals.reward(batch)
+        return batch
 
 
 class WindowReader(Reader):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float64, Int64
 from rlfeed.errors import ConfigError, FieldError
 
 Stream = Literal["sample", "loader"]
+Strategy = Literal["future", "final", "episode"]
 _STREAMS: dict[Stream, int] = {"sample": 0, "loader": 1}
 
 
@@ -111,15 +112,37 @@ class Mixture:
 class Hindsight:
     """Relabel goals on the gathered copy; for ``Transition(relabel=...)``.
 
+    The observation is a Dict with observation, achieved_goal and desired_goal. A relabelled sample has the achieved
+    goal of another observation of its episode as the desired one, now and next, and the rewards that go with it; ends
+    and discounts stay as the environment gave them. Only episodes that have ended or were cut are sampled.
+
     Args:
-        strategy: ``"future"``, ``"final"`` or ``"episode"``: where the new goals come from.
+        strategy: Whose achieved goal: ``"future"``, of any observation after the step's own; ``"final"``, of the
+            episode's last one; ``"episode"``, of any that is stored, but the first.
         fraction: Share of the samples that get a new goal, 0 .. 1.
-        reward_fn: Computes rewards from achieved and desired goals.
+        reward_fn: Gives the rewards ``[M]`` of M steps from two arrays ``[M, ...]``: the goals that they achieved and
+            the goals that are desired.
+
+    Raises:
+        ConfigError: If an argument is wrong.
+
+    Source: Andrychowicz et al. 2017, "Hindsight experience replay", section 4.5.
     """
 
-    strategy: Literal["future", "final", "episode"]
+    strategy: Strategy
     fraction: float
-    reward_fn: Callable[..., Any]
+    reward_fn: Callable[[np.ndarray, np.ndarray], Any]
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if self.strategy not in get_args(Strategy):
+            wrong.append(f"strategy is {self.strategy!r}; expected one of {get_args(Strategy)}")
+        if not isinstance(self.fraction, int | float) or not 0 <= self.fraction <= 1:
+            wrong.append(f"fraction is {self.fraction!r}; expected 0 .. 1")
+        if not callable(self.reward_fn):
+            wrong.append(f"reward_fn is {self.reward_fn!r}; expected a function of achieved and desired goals")
+        if wrong:
+            raise ConfigError("Hindsight: " + "; ".join(wrong) + ".")
 
 
 Sampler = Uniform | Prioritized | Recent | Mixture

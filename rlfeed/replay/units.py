@@ -1,13 +1,13 @@
 """Units say how a drawn index becomes a sample: a transition, a window of steps, a whole episode."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
-from rlfeed.errors import ConfigError, UnsupportedError
+from rlfeed.errors import ConfigError
 from rlfeed.replay import kernels as k
-from rlfeed.replay.samplers import Mixture, Prioritized, Sampler
+from rlfeed.replay.samplers import Hindsight, Mixture, Prioritized, Sampler
 from rlfeed.replay.storage import Storage
 
 Boundary = Literal["pad", "strict", "cross"]
@@ -20,17 +20,17 @@ class Transition:
     Args:
         n_step: Rewards to sum, >= 1; fewer where the episode ends before.
         gamma: Discount per step, 0 .. 1.
-        relabel: A `Hindsight` for goal environments.
+        relabel: Goals in hindsight, for goal environments: then only episodes that ended or were cut are sampled.
     """
 
     n_step: int = 1
     gamma: float = 0.99
-    relabel: Any = None
+    relabel: Hindsight | None = None
 
     def __post_init__(self) -> None:
         _check(self, n_step=(self.n_step, 1), gamma=self.gamma)
-        if self.relabel is not None:
-            raise UnsupportedError(f"Transition: relabel is {self.relabel!r}; expected None in this version.")
+        if self.relabel is not None and not isinstance(self.relabel, Hindsight):
+            raise ConfigError(f"Transition: relabel is {self.relabel!r}; expected None or a Hindsight.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,8 @@ def rule_of(unit: Unit, storage: Storage) -> np.ndarray:
     rule[k.NEED], rule[k.GRID] = 1, 1
     if isinstance(unit, Transition):
         rule[k.NEED], rule[k.BACK] = unit.n_step, stacked
-        rule[k.PLAIN] = unit.n_step == 1 and stacked == 0
+        rule[k.ENDED] = unit.relabel is not None
+        rule[k.PLAIN] = unit.n_step == 1 and stacked == 0 and unit.relabel is None
     elif isinstance(unit, Sequence):
         rule[k.NEED], rule[k.GRID] = unit.length, unit.stride or 1
         rule[k.BACK] = unit.burn_in + max(1, stacked)  # the step before the window gives the previous action
@@ -199,6 +200,8 @@ def need_of(unit: Unit) -> str:
         if unit.boundary == "cross":
             return f"{unit.length + 1} rows of one lane from a step on"
         return f"{unit.length} steps of one episode" + ("" if unit.boundary == "strict" else ", or an episode's end")
+    if unit.relabel is not None:
+        return "an episode that has ended or was cut"
     if unit.n_step > 1:
         return f"an episode's end, or {unit.n_step} steps of one episode"
     return "at least one step with its successor"

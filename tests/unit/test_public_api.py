@@ -108,7 +108,6 @@ def test_public_names_are_sorted_and_all_there():
         lambda: rlfeed.load_policy("runs/x"),
         lambda: rlfeed.epoch(object(), rlfeed.Transition(), 4),
         lambda: rlfeed.stream(iter),
-        lambda: rlfeed.Transition(relabel=rlfeed.Hindsight("future", 0.8, max)),
     ],
 )
 def test_what_is_not_served_yet_says_so(call):

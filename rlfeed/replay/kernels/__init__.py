@@ -10,6 +10,7 @@ the GIL. Each has a slow and obvious twin in the tests.
     draw     which samples
     gather   rows to transitions
     stacks   rows to stacks of frames
+    goals    goals in hindsight
     windows  rows to padded windows of steps
     objects  arrays and tuples by address
     lanes    owners, reservations, cuts
@@ -21,6 +22,21 @@ the GIL. Each has a slow and obvious twin in the tests.
 from rlfeed.replay.kernels.draw import draw_episodes, draw_steps
 from rlfeed.replay.kernels.gather import gather_transitions
 from rlfeed.replay.kernels.lanes import choose_lane, claim_lane, count_up, cut_lane, free_lane
+from rlfeed.replay.kernels.goals import (
+    DESIRED,
+    EPISODE,
+    FINAL,
+    FUTURE,
+    KEY,
+    N_STEP,
+    NEXT_DESIRED,
+    NUMBER,
+    ORDER_SIZE,
+    REACHED,
+    STRATEGY,
+    WANTED,
+    relabel_goals,
+)
 from rlfeed.replay.kernels.objects import EXPECT_SIZE, data_of, kind_word, runtime
 from rlfeed.replay.kernels.recent import draw_recent
 from rlfeed.replay.kernels.restore import reserved_head, restore_heads, snapshot_heads
@@ -108,28 +124,37 @@ __all__ = [
     "CLOSING",
     "COMMITTED",
     "CROSS",
+    "DESIRED",
     "DIRECTORY",
     "ENDED",
     "ENTRIES",
+    "EPISODE",
     "EPISODES",
     "EXPECT_SIZE",
     "EXTENT",
     "FIELD_SIZE",
+    "FINAL",
     "FRAMES",
+    "FUTURE",
     "GRID",
     "HEAD_BYTES",
     "INPUTS",
     "INSIDE",
+    "KEY",
     "LANES",
     "LANE_SHIFT",
     "LAST_OWNER",
     "MISFIT",
     "NBYTES",
     "NEED",
+    "NEXT_DESIRED",
     "NOT_OPEN",
     "NOT_OWNED",
     "NO_LANE",
     "NO_START",
+    "NUMBER",
+    "N_STEP",
+    "ORDER_SIZE",
     "OTHER",
     "OVERLAY",
     "OVERLAY_PITCH",
@@ -142,6 +167,7 @@ __all__ = [
     "PLAN_SIZE",
     "PRIORITY",
     "PRIORITY_INPUT",
+    "REACHED",
     "RECORDS",
     "RESERVED",
     "REWARD",
@@ -160,12 +186,14 @@ __all__ = [
     "STALE_UPDATES",
     "STEPS",
     "STORED",
+    "STRATEGY",
     "STRICT",
     "STRIDE",
     "TERMINATED",
     "TRIES",
     "TRUNCATED",
     "TWICE",
+    "WANTED",
     "WHOLE",
     "WINDOW_SIZE",
     "WRITTEN",
@@ -190,6 +218,7 @@ __all__ = [
     "is_behind",
     "kind_word",
     "rebuild",
+    "relabel_goals",
     "reserved_head",
     "resolve_windows",
     "restore_heads",
