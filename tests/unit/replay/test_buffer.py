@@ -367,9 +367,16 @@ def test_ordinals_beyond_32_bits_lead_to_the_same_samples():
             assert_same(late.sample(4, unit), plain.sample(4, unit))
 
 
-@pytest.mark.parametrize("unit", [Transition(), Transition(n_step=3), Sequence(2), Episode()], ids=str)
-def test_rows_overwritten_between_draw_and_copy_are_drawn_again(unit):
-    buffer, twin = filled(steps=40, lanes=1)
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize(
+    "unit",
+    [Transition(), Transition(n_step=3), Sequence(2, burn_in=2), Sequence(4, boundary="cross", stride=2), Episode()],
+    ids=str,
+)
+def test_rows_overwritten_between_draw_and_copy_are_drawn_again(unit, frames):
+    """Also where only an older row that the sample touches was: burn-in, the step before, a frame of a stack."""
+    buffer, twin = filled(steps=40, lanes=1, frame_stack={"image": frames})
+    twin.frames["image"] = frames
     sampler, count = buffer.unit_sampler(unit), 100
     draws = sampler.draw(1, 0, count)
     old = draws.ids.copy()
@@ -384,7 +391,7 @@ def test_rows_overwritten_between_draw_and_copy_are_drawn_again(unit):
             assert sampler.drawer.draw(draws.one(row), 7 << 16)
 
     batch = sampler.reader.collect(draws, again, torch.empty(0, dtype=torch.uint8).new_empty)
-    dead = [row for row in range(count) if old[row] & (2**44 - 1) < twin.lanes[0].tail]
+    dead = [row for row in range(count) if old[row] not in live]
     assert dead
     assert set(dead) <= set(redrawn)
     assert set(batch.ids[dead].tolist()) <= live
