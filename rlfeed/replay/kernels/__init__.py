@@ -21,7 +21,6 @@ the GIL. Each has a slow and obvious twin in the tests.
 
 from rlfeed.replay.kernels.draw import draw_episodes, draw_steps
 from rlfeed.replay.kernels.gather import gather_transitions
-from rlfeed.replay.kernels.lanes import choose_lane, claim_lane, count_up, cut_lane, free_lane
 from rlfeed.replay.kernels.goals import (
     DESIRED,
     EPISODE,
@@ -37,6 +36,7 @@ from rlfeed.replay.kernels.goals import (
     WANTED,
     relabel_goals,
 )
+from rlfeed.replay.kernels.lanes import choose_lane, claim_lane, count_up, cut_lane, free_lane
 from rlfeed.replay.kernels.objects import EXPECT_SIZE, data_of, kind_word, runtime
 from rlfeed.replay.kernels.recent import draw_recent
 from rlfeed.replay.kernels.restore import reserved_head, restore_heads, snapshot_heads
