@@ -75,7 +75,7 @@ class ReplayBenchmark:
                 for _ in range(5 if name != Bare.name else 0):
                     check(prepared)
             except (NotServedError, UnsupportedError) as reason:
-                notes[name] = f"not served: {reason}"
+                notes[name] = f"{reason}".rstrip(".")
             except WrongSampleError as reason:
                 notes[name] = f"gives something else: {reason}"
             else:
@@ -193,9 +193,9 @@ class ReplayBenchmark:
             name: ratio(times[f"{name}, {sizes[2]:,} rows"], times[f"{name}, {sizes[0]:,} rows"])
             for name in (rlfeed.name, bare.name)
         }
-        print(f"  from {sizes[0]:,} to {sizes[2]:,} rows: ", end="")
-        print(", ".join(f"{name} {times:.2f} times" for name, times in grown.items()), end="")
-        print(f"; {grown[rlfeed.name] / grown[bare.name]:.2f} beside the bare gather")
+        figures = ", ".join(f"{name} takes {times:.2f} times as long" for name, times in grown.items())
+        beside = grown[rlfeed.name] / grown[bare.name]
+        print(f"From {sizes[0]:,} to {sizes[2]:,} rows {figures}: {beside:.2f} times beside the bare gather.")
 
 
 REPLAY = ("uniform", "prioritized", "pixels", "episodes", "windows", "insert", "growth")

@@ -87,7 +87,7 @@ class Contest:
     def measure(
         self, title: str, cases: dict[str, Case], notes: dict[str, str] | None = None
     ) -> dict[str, list[float]]:
-        """Time cases in alternating rounds and print a table.
+        """Time cases in alternating rounds and print a table, in Markdown.
 
         Args:
             title: The work.
@@ -121,14 +121,15 @@ class Contest:
 
     def _print(self, title: str, times: dict[str, list[float]], best: str | None, notes: dict[str, str]) -> None:
         first = next(iter(times))
-        print(f"\n{title}\n{'':44}{'median us':>10}{'min':>10}{'of first':>10}{'best peer is':>14}", flush=True)
+        print(
+            f"\n{title}\n\n| {'':42} | median us |      min | of first | best peer is | |\n|---|---:|---:|---:|---:|---|"
+        )
         for name, values in times.items():
-            line = f"  {name:42}{statistics.median(values):10.1f}{min(values):10.1f}{ratio(values, times[first]):10.2f}"
-            line += f"{ratio(times[best], values):14.2f}" if best else f"{'':14}"
-            print(f"{line}  {notes.get(name, '')}".rstrip(), flush=True)
-        for name, note in notes.items():
-            if name not in times:
-                print(f"  {name:42}{note}", flush=True)
+            figures = f"{statistics.median(values):9.1f} | {min(values):8.1f} | {ratio(values, times[first]):8.2f}"
+            compared = f"{ratio(times[best], values):.2f}" if best else ""
+            print(f"| {name:42} | {figures} | {compared:>12} | {notes.get(name, '')} |")
+        absent = [f"{name} ({note})" for name, note in notes.items() if name not in times]
+        print(f"\nWithout {'; '.join(absent)}." if absent else "", flush=True)
 
     def save(self, path: Path) -> None:
         """Write the raw rounds.
