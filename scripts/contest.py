@@ -121,9 +121,8 @@ class Contest:
 
     def _print(self, title: str, times: dict[str, list[float]], best: str | None, notes: dict[str, str]) -> None:
         first = next(iter(times))
-        print(
-            f"\n{title}\n\n| {'':42} | median us |      min | of first | best peer is | |\n|---|---:|---:|---:|---:|---|"
-        )
+        print(f"\n{title}\n")
+        print(f"| {'':42} | median us |      min | of first | best peer is | |\n|---|---:|---:|---:|---:|---|")
         for name, values in times.items():
             figures = f"{statistics.median(values):9.1f} | {min(values):8.1f} | {ratio(values, times[first]):8.2f}"
             compared = f"{ratio(times[best], values):.2f}" if best else ""
