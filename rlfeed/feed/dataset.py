@@ -185,9 +185,10 @@ class _Stream:
         while True:
             try:
                 buffer.gate.wait_to_take(size, WAIT_S, others_write)
-                batch = self.sampler.read(self.key, number, size, allocate, tick=not self.in_worker)
+                draws = self.sampler.draw(self.key, number, size, tick=not self.in_worker)
+                batch = self.sampler.gather(draws, allocate)
                 buffer.gate.take(size, counter)
-                buffer.count_drawn(size, counter)
+                buffer.count_drawn(draws, counter)
                 return batch
             except NotEnoughDataError as error:
                 if not others_write:  # the caller is the only writer: waiting for itself would never end

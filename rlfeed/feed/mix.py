@@ -94,10 +94,13 @@ class Mix:
             return self._samplers[0].gather(draws, allocate)
         batches, places = [], []
         for part, mine, before in self._shares(draws.number, len(draws)):
-            own = Draws(subkey(draws.key, part), before, draws.ids[mine], draws.limits[mine], draws.weights[mine])
-            batches.append(self._samplers[part].gather(own))
+            batches.append(self._samplers[part].gather(self._own(draws, part, mine, before)))
             places.append((part, mine))
         return _merge(batches, places, len(draws))
+
+    def _own(self, draws: Draws, part: int, mine: np.ndarray, before: int) -> Draws:
+        key = draws.key if len(self._samplers) == 1 else subkey(draws.key, part)
+        return Draws(key, before, draws.ids[mine], draws.limits[mine], draws.weights[mine])
 
     def _shares(self, number: int, count: int) -> list[tuple[int, np.ndarray, int]]:
         part_of, before = shares(number, count, self._fractions)
@@ -130,8 +133,9 @@ class Mix:
                     raise FeedTimeoutError(f"sampling: waited {timeout_s:.0f} s for writers. {error}") from error
                 time.sleep(_POLL_S)
             else:
-                for part, mine, _ in self._shares(drawn * table.batch_size, table.batch_size):
-                    self.buffers[part].count_drawn(len(mine))
+                draws = table.entry(drawn)
+                for part, mine, before in self._shares(draws.number, len(draws)):
+                    self.buffers[part].count_drawn(self._own(draws, part, mine, before))
                 return drawn
 
     @property

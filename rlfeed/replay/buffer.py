@@ -12,7 +12,7 @@ from rlfeed.errors import CheckpointError, ConfigError, RlfeedError, Unsupported
 from rlfeed.nest import Nest
 from rlfeed.replay import checkpoint
 from rlfeed.replay import kernels as k
-from rlfeed.replay.draws import beta_of, prioritized_in
+from rlfeed.replay.draws import Draws, beta_of, prioritized_in
 from rlfeed.replay.limiter import Gate
 from rlfeed.replay.memory import Kind
 from rlfeed.replay.priorities import Priorities
@@ -115,7 +115,8 @@ class ReplayBuffer:
         self._parts: dict[str, Stateful] = {}  # what is saved beside the rows
         self._unclaimed: dict[str, Any] = {}  # and what was loaded of parts that nobody has asked for yet
         self._saved: checkpoint.Saved | None = None
-        self.gate = Gate(self._storage)
+        self._last: Draws | None = None  # drawn last, for its age
+        self.gate, self._counters = Gate(self._storage), self._storage.words(0, DRAWERS)
         self._key, self._pid = stream_key(self.seed, "sample", turn=copy), os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -271,9 +272,11 @@ class ReplayBuffer:
         if self._pid != os.getpid():  # a forked child: draws of its own, as a copy sent to a process has
             self._drawn = 0
             self._bind(copy=self._storage.next_copy())
-        batch = self.unit_sampler(unit).read(self._key, self._drawn, batch_size)
+        sampler = self.unit_sampler(unit)
+        draws = sampler.draw(self._key, self._drawn, batch_size)
+        batch = sampler.gather(draws)
         self._drawn += batch_size
-        self.count_drawn(batch_size)
+        self.count_drawn(draws)
         self.gate.take(batch_size)
         return batch
 
@@ -339,8 +342,7 @@ class ReplayBuffer:
         Returns:
             The counters, read without stopping anybody.
         """
-        drawn = [sampler.last for sampler in self._unit_samplers.values() if sampler.last is not None]
-        return count_stats(self._storage, self.gate, drawn[-1] if drawn else None)
+        return count_stats(self._storage, self.gate, self._last)
 
     @property
     def has_writers(self) -> bool:
@@ -360,14 +362,15 @@ class ReplayBuffer:
         """
         return [(column.name, column.path, column.spec) for column in self._storage.columns]
 
-    def count_drawn(self, count: int, counter: int = 0) -> None:
-        """Count samples that a loader has drawn.
+    def count_drawn(self, draws: Draws, counter: int = 0) -> None:
+        """Count samples that were drawn, here or by a loader.
 
         Args:
-            count: How many.
+            draws: From a `UnitSampler` of this buffer.
             counter: Which process, 0 .. 63.
         """
-        self._storage.words(0, DRAWERS)[counter % DRAWERS] += count
+        self._counters[counter % DRAWERS] += len(draws)
+        self._last = draws
 
     @contextmanager
     def bypass_limiter(self) -> Iterator[None]:

@@ -30,7 +30,7 @@ from rlfeed.replay.saved_rows import (
     read_rows,
     rows_name,
 )
-from rlfeed.replay.storage import WORDS, Storage
+from rlfeed.replay.storage import WORDS, Storage, ring_of
 from rlfeed.specs import ArraySpec
 
 VERSION = 2
@@ -57,7 +57,7 @@ def save(directory: Path, storage: Storage, state: dict[str, Any], before: Saved
     """
     heads, digests = np.empty((4, storage.lanes), np.int64), dict[str, str]()
     k.snapshot_heads(storage.plan, heads)
-    tails = np.maximum(heads[RESERVED] - storage.rows, 0)
+    tails = np.maximum(heads[RESERVED] - storage.ring, 0)
     number = max(before.spans) + 1 if before is not None else 0
     with durable.build_directory(directory, digests=digests) as building:
         kept = [] if before is None else _worth_keeping(before, storage, heads[COMMITTED], tails)
@@ -115,7 +115,7 @@ def load(directory: Path, expected: dict[str, Nest] | None = None) -> tuple[Stor
         fields, lanes, rows, every = _specs(layout["fields"]), layout["lanes"], layout["rows"], layout["carry_every"]
         stack = layout["frame_stack"]
         kind, path = layout["kind"], None if layout["path"] is None else Path(layout["path"])
-        _check_index(content, lanes, rows)
+        _check_index(content, lanes, ring_of(rows))
         spans = dict(zip(content["numbers"].tolist(), content["spans"], strict=True))
         carries = [carries_name(number) for number in content["carries"]]
         digests = durable.digests_of(directory)

@@ -32,7 +32,7 @@ class Tree:
 
     def __init__(self, storage: Storage, alpha: float) -> None:
         self._storage, self.alpha = storage, alpha
-        counts = [_padded(storage.lanes * storage.rows)]
+        counts = [_padded(storage.lanes * storage.ring)]
         while counts[-1] > 1:
             above = counts[-1] // _FAN
             counts.append(above if above == 1 else _padded(above))
@@ -127,7 +127,7 @@ class Tree:
         Returns:
             ``[B]`` float64.
         """
-        rows = self._storage.rows
+        rows = self._storage.ring
         return self.nodes[(ids >> k.LANE_SHIFT) * rows + (ids & k.ROW_MASK) % rows]
 
     def state_dict(self) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def copy_rows(storage: Storage, spans: np.ndarray, reserved: np.ndarray) -> Iter
                     if filled == STAGE_BYTES:
                         yield stage
                         filled = 0
-        reserved[lane] = min(max(end, k.reserved_head(storage.plan, lane)), end + storage.rows)
+        reserved[lane] = min(max(end, k.reserved_head(storage.plan, lane)), end + storage.ring)
     yield stage[:filled]
 
 

@@ -90,7 +90,7 @@ def _lag(storage: Storage, draws: Draws) -> float:
     if not columns:
         return math.nan
     versions, heads = storage.view(columns[0]), storage.heads()[0]
-    lanes, rows = draws.ids >> k.LANE_SHIFT, (draws.ids & k.ROW_MASK) % storage.rows
+    lanes, rows = draws.ids >> k.LANE_SHIFT, (draws.ids & k.ROW_MASK) % storage.ring
     written = np.flatnonzero(heads > 1)
-    newest = versions[written, (heads[written] - 2) % storage.rows].max()
+    newest = versions[written, (heads[written] - 2) % storage.ring].max()
     return float((newest - versions[lanes, rows].astype(np.float64)).mean())

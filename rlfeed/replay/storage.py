@@ -26,6 +26,7 @@ from rlfeed.specs import ArraySpec
 
 LARGE_BYTES = 1024
 LEAST_ROWS = 4
+SLACK = 128  # one row more for so many: what is drawn stays readable while those are written
 WORDS = 256  # shared counters and settings of the whole buffer; who owns which: `Storage.words`
 HEADS = 5  # lines of one word per lane: committed, reserved, episodes, steps, owner
 MOST_LANES, MOST_ROWS = 1 << 19, 1 << 32  # an id has 19 bits for the lane, a directory entry 32 for the row
@@ -123,8 +124,9 @@ class Storage:
     def _place(self) -> None:
         every = self.carry_every
         self.frames = frames_of(self.fields.get("observation", ()), self.frame_stack)
-        self.entries = self.rows // 2 + 2
-        self.carry_entries = self.rows if every == 1 else (self.rows - 1) // every + 2
+        self.ring = ring_of(self.rows)
+        self.entries = self.ring // 2 + 2
+        self.carry_entries = self.ring if every == 1 else (self.ring - 1) // every + 2
         small, large, sparse = [], [], []
         for name, nest in self.fields.items():
             for path, spec in leaves(nest):
@@ -143,12 +145,12 @@ class Storage:
             inside += spec.nbytes
         self.stride = _aligned(inside, 8)
         columns = [Column(name, path, spec, offset + at, self.stride) for name, path, spec, at in placed]
-        sections = [Section(offset, self.stride, self.rows)]
-        offset += self.lanes * self.rows * self.stride
+        sections = [Section(offset, self.stride, self.ring)]
+        offset += self.lanes * self.ring * self.stride
         for name, path, spec in (*large, *sparse):
             offset = _aligned(offset, 4096)
             step = every if name == "carry" else 1
-            places = self.carry_entries if step > 1 else self.rows
+            places = self.carry_entries if step > 1 else self.ring
             columns.append(Column(name, path, spec, offset, spec.nbytes, step))
             sections.append(Section(offset, spec.nbytes, places, step))
             offset += self.lanes * places * spec.nbytes
@@ -174,7 +176,8 @@ class Storage:
             plan[word] = base + self.heads_offset + index * self.head_bytes
         plan[k.SHARED] = base
         plan[k.DIRECTORY], plan[k.RECORDS] = base + self.directory_offset, base + self.records_offset
-        plan[k.LANES], plan[k.ROWS], plan[k.ENTRIES] = self.lanes, self.rows, self.entries
+        plan[k.LANES], plan[k.ROWS], plan[k.LIVE] = self.lanes, self.ring, self.rows
+        plan[k.ENTRIES] = self.entries
         plan[k.STRIDE] = self.stride
         plan[k.REWARD] = self.column("reward").offset - self.records_offset
         has_priority = "priority" in self.fields
@@ -238,8 +241,8 @@ class Storage:
             ``[lanes, rows, ...]`` of the column's dtype.
         """
         spec = column.spec
-        strides = (self.rows * column.pitch, column.pitch, *np.empty(spec.shape, spec.dtype).strides)
-        return np.ndarray((self.lanes, self.rows, *spec.shape), spec.dtype, self.memory.bytes, column.offset, strides)
+        strides = (self.ring * column.pitch, column.pitch, *np.empty(spec.shape, spec.dtype).strides)
+        return np.ndarray((self.lanes, self.ring, *spec.shape), spec.dtype, self.memory.bytes, column.offset, strides)
 
     def table(self, columns: list[tuple[Column, int]]) -> np.ndarray:
         """Describe columns to a kernel.
@@ -325,6 +328,18 @@ class Storage:
             return None
         nbytes = self.lanes * self.carry_entries * self.overlay_pitch
         return self.memory.bytes[self.nbytes :][:nbytes].view(np.int64).reshape(-1, self.overlay_pitch // 8)
+
+
+def ring_of(rows: int) -> int:
+    """Say how many rows a lane really has, with those that keep what is drawn readable a little longer.
+
+    Args:
+        rows: Rows that can be drawn.
+
+    Returns:
+        Rows.
+    """
+    return rows + rows // SLACK
 
 
 def _aligned(offset: int, alignment: int) -> int:

@@ -39,7 +39,6 @@ class UnitSampler:
                 f"sample. Raise capacity to at least {span * storage.lanes} rows, or sample less."
             )
         self.unit, self._storage = unit, storage
-        self.last: Draws | None = None  # what was drawn last, for its age
         self.drawer, self.reader = drawer_for(storage, sampler, unit, priorities), reader_for(storage, unit)
 
     def draw(self, key: int, number: int, count: int, *, tick: bool = True) -> Draws:
@@ -60,7 +59,6 @@ class UnitSampler:
         draws = Draws.blank(key, number, count)
         if not self.drawer.draw(draws, tick=tick):
             raise self.nothing()
-        self.last = draws
         return draws
 
     def gather(self, draws: Draws, allocate: Allocate = allocate_private) -> Batch:
@@ -91,27 +89,6 @@ class UnitSampler:
         if self.drawer.weights != "ones" and batch.weights is not None:
             batch.weights.numpy()[:] = draws.weights / (draws.weights.max() if self.drawer.weights == "batch" else 1.0)
         return batch
-
-    def read(
-        self, key: int, number: int, count: int, allocate: Allocate = allocate_private, *, tick: bool = True
-    ) -> Batch:
-        """Make draws ``number .. number + count - 1`` and gather them.
-
-        Args:
-            key: The stream of draws.
-            number: The first draw.
-            count: B.
-            allocate: Where the block comes from.
-            tick: Whether this process may fold new rows into the tree of priorities.
-
-        Returns:
-            The batch.
-
-        Raises:
-            NotEnoughDataError: If no stored step can start a sample.
-            StaleReadError: If writers overtake the reader again and again.
-        """
-        return self.gather(self.draw(key, number, count, tick=tick), allocate)
 
     def _overtaken(self, rows: int, count: int) -> StaleReadError:
         return StaleReadError(

@@ -11,6 +11,7 @@ from rlfeed.replay.kernels.rows import (
     FLAGS,
     LANE_SHIFT,
     LANES,
+    LIVE,
     MOST_TRIES,
     NO_START,
     RECORDS,
@@ -94,7 +95,7 @@ def candidates(plan: np.ndarray, heads: np.ndarray, tails: np.ndarray, upto: np.
     total = 0
     for lane in range(plan[LANES]):
         heads[lane] = load_acquire(plan[COMMITTED] + lane * 8)
-        tails[lane] = max(0, load_acquire(plan[RESERVED] + lane * 8) - plan[ROWS])
+        tails[lane] = max(0, load_acquire(plan[RESERVED] + lane * 8) - plan[LIVE])
         total += max(0, heads[lane] - 1 - tails[lane])
         upto[lane] = total
     return total

@@ -8,11 +8,12 @@ from numba import njit
 from rlfeed.replay.kernels.words import fence, kernel, load_acquire, load_u8, load_u32
 
 # The plan: what every kernel knows of a storage, as one int64 table. Index names, in order.
-# SHARED is the address of the shared words, REWARD and PRIORITY are offsets in a record (-1: no such column); a carry
-# is stored every CARRY_EVERY steps in one of CARRY_ENTRIES places of its lane, and what the learner writes back lies at
-# OVERLAY, OVERLAY_PITCH apart, in places of the same numbers (-1: no carry).
+# SHARED is the address of the shared words, REWARD and PRIORITY offsets in a record (-1: no column); a carry is stored
+# every CARRY_EVERY steps in one of CARRY_ENTRIES places of its lane, and what the learner writes back lies at OVERLAY,
+# OVERLAY_PITCH apart, in places of the same numbers (-1: no carry). A lane is a ring of ROWS rows, of which the newest
+# LIVE can be drawn: what is drawn stays readable while a few more rows are written.
 COMMITTED, RESERVED, EPISODES, STEPS, OWNERS, DIRECTORY, RECORDS, LANES, ROWS, ENTRIES, STRIDE, REWARD = range(12)
-PRIORITY, SHARED, CARRY_EVERY, CARRY_ENTRIES, OVERLAY, OVERLAY_PITCH, PLAN_SIZE = range(12, 19)
+PRIORITY, SHARED, CARRY_EVERY, CARRY_ENTRIES, OVERLAY, OVERLAY_PITCH, LIVE, PLAN_SIZE = range(12, 20)
 # The head of a record: the episode's ordinal (low 32 bits), then a word with the flags in its low byte and the row's
 # number in its episode above (24 bits: an episode can be longer than a lane, so the directory cannot tell it).
 ORDINAL, FLAGS, HEAD_BYTES = 0, 4, 8
@@ -135,6 +136,12 @@ def last_row(plan: np.ndarray, lane: int, row: int, limit: int, most: int) -> in
 
 @njit
 def is_stale(plan: np.ndarray, lane: int, row: int) -> bool:
+    """Tell whether a row is no longer among those that can be drawn and updated."""
+    return row < load_acquire(plan[RESERVED] + lane * 8) - plan[LIVE]
+
+
+@njit
+def is_torn(plan: np.ndarray, lane: int, row: int) -> bool:
     """Tell whether a row has been given to a writer since; call it after a fence, after the copy."""
     return row < load_acquire(plan[RESERVED] + lane * 8) - plan[ROWS]
 
@@ -149,7 +156,7 @@ def lane_span(plan: np.ndarray, lane: int) -> tuple[int, int, int, int, int, int
     """
     while True:
         head = load_acquire(plan[COMMITTED] + lane * 8)
-        tail = max(0, load_acquire(plan[RESERVED] + lane * 8) - plan[ROWS])
+        tail = max(0, load_acquire(plan[RESERVED] + lane * 8) - plan[LIVE])
         if head <= tail:
             return tail, 0, 0, tail, -1, 0
         first, last = record_of(plan, lane, tail), record_of(plan, lane, head - 1)

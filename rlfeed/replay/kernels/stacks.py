@@ -17,7 +17,7 @@ from rlfeed.replay.kernels.rows import (
     ROW_MASK,
     ROWS,
     first_row,
-    is_stale,
+    is_torn,
     last_row,
     slot_of,
 )
@@ -90,7 +90,7 @@ def gather_stacks(
             destination = block + fields[f, OTHER] + i * fields[f, FRAMES] * fields[f, NBYTES]
             copy_stack(plan, fields[f], lane, newest, first, destination)
         fence()
-        if is_stale(plan, lane, max(first, row - rule[BACK])):
+        if is_torn(plan, lane, max(first, row - rule[BACK])):
             todo[stale] = i
             stale += 1
     return stale

@@ -11,8 +11,8 @@ from rlfeed.replay.kernels.rows import (
     FIRST,
     FLAGS,
     LANE_SHIFT,
+    LIVE,
     RESERVED,
-    ROWS,
     closing_row,
     first_row,
     index_of,
@@ -66,7 +66,7 @@ def starts_here(plan: np.ndarray, rule: np.ndarray, lane: int, row: int, limit: 
     oldest = row
     if rule[BACK]:
         oldest = max(row - rule[BACK], first_row(plan, lane, row))
-    return oldest >= load_acquire(plan[RESERVED] + lane * 8) - plan[ROWS]
+    return oldest >= load_acquire(plan[RESERVED] + lane * 8) - plan[LIVE]
 
 
 @njit

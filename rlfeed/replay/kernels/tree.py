@@ -19,6 +19,7 @@ from rlfeed.replay.kernels.rows import (
     FLAGS,
     LANE_SHIFT,
     LANES,
+    LIVE,
     NO_START,
     PRIORITY,
     RESERVED,
@@ -128,15 +129,19 @@ def fold(
         if head == known and is_closed(plan, lane, head) == was_closed:
             continue
         heads[lane] = head
-        tail = max(0, load_acquire(plan[RESERVED] + lane * 8) - rows)
+        tail = max(0, load_acquire(plan[RESERVED] + lane * 8) - plan[LIVE])
         begin, ends[lane] = first_changed(plan, rule, lane, max(known, tail), head)
         begins[lane] = max(begin, tail)
-        room += 2 * ((head - min(begins[lane], max(known, head - rows))) // FAN + 4)
+        room += 3 * ((head - min(begins[lane], max(known, head - rows))) // FAN + 4)
     if room == 0:
         return 0
     touched, count, added, gone = np.empty(room, np.int64), 0, 0, 0.0
     for lane in range(lanes):
-        for row in range(max(words[FOLDED + lane] >> 1, heads[lane] - rows), heads[lane]):
+        known, head = words[FOLDED + lane] >> 1, heads[lane]
+        dead, fresh = max(known - plan[LIVE], head - rows, 0), max(known, head - rows)
+        gap = max(0, head - plan[LIVE] - dead)  # rows that can no longer be drawn, then the places of new ones
+        for i in range(gap + head - fresh):
+            row = dead + i if i < gap else fresh + i - gap
             leaf = lane * rows + row % rows
             if not is_blank(nodes[leaf]):
                 gone, nodes[leaf] = max(gone, nodes[leaf]), 0.0
@@ -179,7 +184,7 @@ def unfolded(plan: np.ndarray, rule: np.ndarray, words: np.ndarray, begins: np.n
     total = np.int64(0)
     for lane in range(plan[LANES]):
         head = load_acquire(plan[COMMITTED] + lane * 8)
-        known, tail = words[FOLDED + lane] >> 1, max(0, load_acquire(plan[RESERVED] + lane * 8) - plan[ROWS])
+        known, tail = words[FOLDED + lane] >> 1, max(0, load_acquire(plan[RESERVED] + lane * 8) - plan[LIVE])
         begins[lane] = max(known - rule[NEED], tail) if head > known else head
         total += max(0, head - 1 - begins[lane])
         upto[lane] = total
@@ -252,7 +257,7 @@ def list_masses(
     tails = np.empty(lanes, np.int64)
     for lane in range(lanes):
         heads[lane] = load_acquire(plan[COMMITTED] + lane * 8)
-        tails[lane] = max(0, load_acquire(plan[RESERVED] + lane * 8) - rows)
+        tails[lane] = max(0, load_acquire(plan[RESERVED] + lane * 8) - plan[LIVE])
     starts = list_starts(plan, rule, heads, tails)
     upto, total = np.empty(len(starts), np.float64), 0.0
     for i in range(len(starts)):

@@ -24,7 +24,7 @@ from rlfeed.replay.kernels.rows import (
     TRUNCATED,
     closing_row,
     first_row,
-    is_stale,
+    is_torn,
     record_of,
 )
 from rlfeed.replay.kernels.stacks import copy_rows, copy_stack
@@ -87,7 +87,7 @@ def resolve_windows(
         windows[at, ORIGIN] = origin
         windows[at, OLDEST] = max(origin, row - rule[BACK])
         fence()
-        if is_stale(plan, lane, windows[at, OLDEST]):
+        if is_torn(plan, lane, windows[at, OLDEST]):
             todo[stale] = at
             stale += 1
     return stale
@@ -216,7 +216,7 @@ def gather_windows(
         if carries:
             read_carry(plan, fields, block, i, lane, window[BEGIN])
         fence()
-        if is_stale(plan, lane, window[OLDEST]):
+        if is_torn(plan, lane, window[OLDEST]):
             todo[stale] = i
             stale += 1
     return stale
