@@ -109,7 +109,7 @@ class Contest:
             gc.enable()
         notes = notes or {}
         peers = [name for name, case in cases.items() if case.peer]
-        best = min(peers, key=lambda name: statistics.median(times[name]), default=None)
+        best = min(peers, key=lambda name: ratio(times[name], times[next(iter(times))]), default=None)
         self.tables.append({"title": title, "us": times, "best_peer": best, "notes": notes})
         self._print(title, times, best, notes)
         return times
