@@ -162,7 +162,7 @@ class Bare(Contestant):
         return self._take(self._rows(stream), np.arange(length)), lambda: None
 
     def insert(self, num_envs: int, capacity: int, steps: list[Step]) -> Callable[[], object]:
-        """Insert steps; see `Contestant.insert`. Five assignments to a table."""
+        """Insert steps; see `Contestant.insert`. Four assignments to a table."""
         table = np.zeros((capacity // num_envs, num_envs, FLOATS + ACTIONS + 2), np.float32)
         cursor = itertools.cycle(range(len(table)))
 
