@@ -223,12 +223,30 @@ class Batch:
         object.__setattr__(copied, "ids", self.ids)
         return copied
 
+    def recarve(self, move: Callable[[Tensor, Layout], tuple[Tensor, Layout]]) -> "Batch":
+        """Put a batch that lies in one block into another one, of another layout; ``ids`` stay where they are.
+
+        Args:
+            move: Called with the block and its layout; gives the other ones.
+
+        Returns:
+            The batch there.
+
+        Raises:
+            FieldError: If its fields do not lie in one block.
+        """
+        if whole := self._whole():
+            return Batch.carve(*move(*whole), self.ids)
+        raise FieldError("Batch.recarve: the fields do not lie in one block; expected a batch as the replay gave it.")
+
     def pin_memory(self) -> "Batch":
         """Copy the batch into page-locked memory, from which a device copies without waiting.
 
         Returns:
-            The pinned batch.
+            The pinned batch; one that lies on a device already stays as it is.
         """
+        if self._any().device.type != "cpu":
+            return self
         if whole := self._whole():
             return Batch.carve(whole[0].pin_memory(), whole[1])
         return self.map(lambda tensor: tensor.pin_memory())

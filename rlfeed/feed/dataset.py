@@ -144,10 +144,10 @@ class _Stream:
         self.dataset = dataset
         self.worker, self.num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         self.in_worker = worker is not None
-        if self.in_worker and dataset.buffer.storage_kind == "private":
+        if self.in_worker and dataset.buffer.storage_kind in ("private", "cuda"):
             raise UnsupportedError(
-                "ReplayDataset: the buffer has storage='private' and the DataLoader has workers; expected storage that "
-                "workers see grow. Use storage='shared', or num_workers=0."
+                f"ReplayDataset: the buffer has storage={dataset.buffer.storage_kind!r} and the DataLoader has "
+                "workers; expected storage that workers see grow. Use storage='shared', or num_workers=0."
             )
         identity = worker.seed - worker.id if worker else 0
         turn, self.first_draw = dataset._turns.begin(identity, self.num_workers)

@@ -28,10 +28,10 @@ from rlfeed.replay.samplers import (
 )
 from rlfeed.replay.stats import DRAWERS, ReplayStats, count_stats
 from rlfeed.replay.storage import Storage
-from rlfeed.replay.unit_sampler import UnitSampler
+from rlfeed.replay.unit_sampler import UnitSampler, unit_sampler_for
 from rlfeed.replay.units import Unit
 from rlfeed.replay.writeback import write_back
-from rlfeed.replay.writer import NOBODY, Writer, claim_lanes, cut_lanes, release_lanes
+from rlfeed.replay.writer import NOBODY, Writer, claim_lanes, cut_lanes, release_lanes, writer_for
 from rlfeed.specs import ArraySpec, from_space
 from rlfeed.types import Batch, Stateful, Step
 
@@ -56,7 +56,8 @@ class ReplayBuffer:
             before an episode's first frame that frame again, as Gymnasium's ``FrameStackObservation`` with
             ``padding_type="reset"`` has it.
         carry_every: Steps between two stored carries.
-        storage: ``"shared"`` (other processes see it grow), ``"private"``, ``"memmap"`` (a file) or ``"cuda"``.
+        storage: ``"shared"`` (other processes see it grow), ``"private"``, ``"memmap"`` (a file) or ``"cuda"``: rows on
+            torch's current device, whose batches come out there; written and read by threads of this process alone.
         path: The file, for ``"memmap"``.
         seed: Of the draws of `sample`, >= 0.
 
@@ -64,6 +65,7 @@ class ReplayBuffer:
         ConfigError: If an argument is wrong; all findings at once.
         SpaceError: If a space cannot be stored; the message names the part.
         CapacityError: If it does not fit, with the numbers.
+        DeviceError: If there is no device for ``"cuda"``.
     """
 
     def __init__(
@@ -82,7 +84,6 @@ class ReplayBuffer:
         seed: int = 0,
     ) -> None:
         _check_config(sampler, capacity, num_envs, carry_every, storage, path, seed)
-        _check_served(storage)
         fields: dict[str, Nest] = {
             "observation": from_space(observation_space, "observation_space"),
             "action": from_space(action_space, "action_space"),
@@ -110,7 +111,7 @@ class ReplayBuffer:
             self._keep("priorities", self._priorities)
 
     def _bind(self, copy: int) -> None:
-        self._writer = Writer(self._storage, range(self.num_envs))
+        self._writer = writer_for(self._storage, range(self.num_envs))
         self._unit_samplers: dict[Unit, UnitSampler] = {}
         self._parts: dict[str, Stateful] = {}  # what is saved beside the rows
         self._unclaimed: dict[str, Any] = {}  # and what was loaded of parts that nobody has asked for yet
@@ -149,7 +150,7 @@ class ReplayBuffer:
         """Tell where the rows lie.
 
         Returns:
-            ``"shared"``, ``"private"`` or ``"memmap"``.
+            ``"shared"``, ``"private"``, ``"memmap"`` or ``"cuda"``.
         """
         return self._storage.memory.kind
 
@@ -250,7 +251,7 @@ class ReplayBuffer:
         """
         found = self._unit_samplers.get(unit)
         if found is None:
-            found = UnitSampler(self._storage, self.sampler, unit, self._priorities)
+            found = unit_sampler_for(self._storage, self.sampler, unit, self._priorities)
             self._unit_samplers[unit] = found
         return found
 
@@ -331,6 +332,7 @@ class ReplayBuffer:
             of episodes keep their zeros, and the last value of a step named twice stays.
 
         Raises:
+            UnsupportedError: If the rows lie on a device.
             FieldError: If a column is not ``carry`` as declared, or an id has none. Nothing has been written then.
             CapacityError: If there is no memory for it; it is reserved at the first call.
         """
@@ -463,11 +465,3 @@ def _check_config(
         wrong.append(f"storage is {storage!r} and path is {path!r}; expected a path exactly where storage='memmap'")
     if wrong:
         raise ConfigError("ReplayBuffer: " + "; ".join(wrong) + ".")
-
-
-def _check_served(storage: str) -> None:
-    wrong = []
-    if storage == "cuda":
-        wrong.append("storage is 'cuda', this version serves 'shared', 'private' and 'memmap'")
-    if wrong:
-        raise UnsupportedError("ReplayBuffer: " + "; ".join(wrong) + ".")

@@ -84,13 +84,13 @@ class Carver:
             return start
 
         for name, column, axes, template in self._copied:
-            dtype, frames, line = _torch_dtype(column.spec.dtype), int(template[k.FRAMES]), template.copy()
-            batch, frame = tuple(size[a] for a in axes), column.spec.shape
+            dtype, frames, line = _torch_dtype(column.held.dtype), int(template[k.FRAMES]), template.copy()
+            batch, frame = tuple(size[a] for a in axes), column.held.shape
             shape = stored = (*batch, frames, *frame) if frames > 1 else (*batch, *frame)
             if frames > 1 and self._n_step == 1:
                 if name == "next_observation":
                     before = next(slot for slot in slots if (slot.name, slot.path) == ("observation", column.path))
-                    slots.append(replace(before, name=name, offset=before.offset + column.spec.nbytes))
+                    slots.append(replace(before, name=name, offset=before.offset + column.held.nbytes))
                     continue
                 stored, line[k.FRAMES], line[k.ROLE] = (*batch, frames + 1, *frame), frames + 1, k.ROLE_SUCCESSOR
             line[k.OTHER] = place(dtype, stored)

@@ -9,6 +9,7 @@ from torch import Tensor
 from rlfeed.errors import CapacityError, FieldError, LaneError
 from rlfeed.nest import Nest, describe, leaves
 from rlfeed.replay import kernels as k
+from rlfeed.replay.device_writing import write_episode
 from rlfeed.replay.storage import Column, Storage
 from rlfeed.types import Batch
 
@@ -55,6 +56,8 @@ def write_episodes(storage: Storage, lanes: Sequence[int], owner: int, batch: Ba
             )
         np.add(begins, episodes.sizes * i, out=table[:, k.OTHER])
         ids[i] = (lane << k.LANE_SHIFT) | int(k.write_episode(plan, table, lane, steps, ends))
+        if storage.device is not None:
+            write_episode(storage, storage.device, int(ids[i]), steps, [(c, rows[i]) for c, rows in episodes.on_device])
     return ids
 
 
@@ -70,6 +73,7 @@ class _Episodes:
             return
         self.batch_size, self.longest = shape
         self._alive: list[np.ndarray] = []
+        self.on_device: list[tuple[Column, np.ndarray]] = []
         lines = []
         for name in ("observation", "action", "reward", "carry", "extras"):
             declared = storage.columns_of(name) + (storage.columns_of("priority") if name == "extras" else [])
@@ -99,6 +103,9 @@ class _Episodes:
             else:
                 with np.errstate(over="ignore"):  # a reward beyond float32 is found as an infinite one
                     array = np.ascontiguousarray(array, dtype)
+                if column.on_device:
+                    self.on_device.append((column, array))
+                    continue
                 self._alive.append(array)
                 size = steps * column.spec.nbytes
                 lines.append((column, k.ROLE_CARRY if column.every > 1 else role, array.ctypes.data, size))

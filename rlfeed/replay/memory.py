@@ -38,14 +38,19 @@ class Memory:
     ) -> None:
         self.kind: Kind = kind
         self.nbytes, self.path = nbytes + spare_bytes, path
-        self._fd = -1 if kind == "private" else _open_file(kind, path, replace)
+        self._fd = -1 if self.is_private else _open_file(kind, path, replace)
         if self._fd >= 0:
             os.truncate(self._fd, self.nbytes)
         self._reserve(0, nbytes)
         self._map()
 
+    @property
+    def is_private(self) -> bool:
+        """Tell whether no other process has it: so with ``private``, and beside rows on a device."""
+        return self.kind in ("private", "cuda")
+
     def _map(self) -> None:
-        if self.kind == "private":
+        if self.is_private:
             self._mmap = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         else:
             self._mmap = mmap.mmap(self._fd, self.nbytes)
@@ -74,14 +79,14 @@ class Memory:
             os.posix_fallocate(self._fd, offset, nbytes)
         except OSError as error:
             raise CapacityError(
-                f"ReplayBuffer: {_readable(nbytes)} could not be reserved ({error.strerror}); expected room for all "
-                "of it. Lower capacity, or use storage='memmap' with a path on a larger disk."
+                f"ReplayBuffer: {readable_bytes(nbytes)} could not be reserved ({error.strerror}); expected room for "
+                "all of it. Lower capacity, or use storage='memmap' with a path on a larger disk."
             ) from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes out of a block of code that uses this memory; a killed process leaves no lock behind."""
-        if self.kind == "private":  # no other process has it
+        if self.is_private:  # no other process has it
             yield
             return
         fcntl.lockf(self._fd, fcntl.LOCK_EX)
@@ -91,10 +96,11 @@ class Memory:
             fcntl.lockf(self._fd, fcntl.LOCK_UN)
 
     def __getstate__(self) -> dict[str, Any]:
-        if self.kind == "private":
+        if self.is_private:
             raise UnsupportedError(
-                "ReplayBuffer: storage='private' cannot be sent to another process; expected memory that processes "
-                "share. Use storage='shared' or 'memmap'."
+                f"ReplayBuffer: storage={self.kind!r} cannot be sent to another process; expected memory that "
+                "processes share. Use storage='shared' or 'memmap'"
+                + (", and DeviceFeed to bring batches to the device." if self.kind == "cuda" else ".")
             )
         state = {"kind": self.kind, "nbytes": self.nbytes, "path": self.path}
         return state | {"fd": None if self.kind == "memmap" else reduction.DupFd(self._fd)}
@@ -144,8 +150,8 @@ def check_fits(kind: Kind, nbytes: int, path: Path | None, what: str = "needs") 
     if nbytes > 0.9 * available:
         place = f"on the disk of {path}" if kind == "memmap" else "in memory"
         raise CapacityError(
-            f"ReplayBuffer: {what} {_readable(nbytes)}, but {_readable(available)} are free {place}; expected at "
-            f"most 90 % of that. Lower capacity to about {0.9 * available / nbytes:.2%} of what was asked"
+            f"ReplayBuffer: {what} {readable_bytes(nbytes)}, but {readable_bytes(available)} are free {place}; "
+            f"expected at most 90 % of that. Lower capacity to about {0.9 * available / nbytes:.2%} of what was asked"
             + ("." if kind == "memmap" else ", or use storage='memmap' with a path.")
         )
 
@@ -167,7 +173,15 @@ def _available_bytes(path: Path | None) -> int:
     return available
 
 
-def _readable(nbytes: float) -> str:
+def readable_bytes(nbytes: float) -> str:
+    """Say a number of bytes to people.
+
+    Args:
+        nbytes: The number.
+
+    Returns:
+        It in the fitting unit, a power of 1000.
+    """
     size, unit = float(nbytes), "bytes"
     for larger in ("KB", "MB", "GB", "TB", "PB"):
         if size < 1000:

@@ -39,7 +39,7 @@ class Tree:
         begins = np.concatenate([[0], np.cumsum(counts)[:-1]])
         self.levels = np.stack([begins, counts], axis=1).astype(np.int64)
         self._nodes_count, self._inner = int(3 * sum(counts) - 2 * counts[0]), int(sum(counts[1:]))
-        kind = "private" if storage.memory.kind == "private" else "shared"
+        kind = "private" if storage.memory.is_private else "shared"
         self._memory = Memory(kind, (_WORDS + 1 + storage.lanes + self._nodes_count) * 8)
         self._bind()
         self.nodes[-self._inner :] = np.inf  # the least of no start

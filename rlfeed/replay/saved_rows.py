@@ -145,7 +145,7 @@ def read_rows(path: Path, storage: Storage, spans: np.ndarray) -> None:
     with path.open("rb", buffering=0) as file:
         for lane, (begin, end) in enumerate(spans.T.tolist()):
             for section in storage.sections:
-                for piece in storage.pieces(section, lane, begin, end):
+                for piece in storage.pieces(section, lane, begin, end, fill=True):
                     view = piece.data
                     while view:
                         count = file.readinto(view)

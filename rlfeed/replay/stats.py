@@ -31,7 +31,7 @@ class ReplayStats:
         sample_lag: How many policy versions they are behind the newest stored, on average; nan where ``extras`` has no
             ``policy_version``.
         stale_updates: Late updates dropped because their step had been overwritten.
-        nbytes: Bytes of storage, all of them reserved at construction.
+        nbytes: Bytes of storage, those on a device among them; all are reserved at construction.
     """
 
     steps: int
@@ -77,7 +77,7 @@ def count_stats(storage: Storage, gate: Gate, last: Draws | None) -> ReplayStats
         sample_age=math.nan if last is None else _age(storage, last),
         sample_lag=math.nan if last is None else _lag(storage, last),
         stale_updates=int(storage.words(k.STALE_UPDATES, k.STALE_UPDATES + 1)[0]),
-        nbytes=storage.nbytes,
+        nbytes=storage.nbytes + (0 if storage.device is None else storage.device.nbytes),
     )
 
 

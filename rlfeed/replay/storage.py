@@ -5,7 +5,8 @@
 
 The small fields of a row lie side by side in one record (one memory access a row); a field of `LARGE_BYTES` and up has
 a column of its own. The overlay holds carries that the learner has written back; it is a hole until the first of them.
-See docs/adr/0001-lanes-with-closing-rows.md.
+See docs/adr/0001-lanes-with-closing-rows.md. With ``cuda`` storage most fields lie on a device, and a row's place there
+lies in the segment in their stead: see `rlfeed.replay.device_rows`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from rlfeed.errors import ConfigError
 from rlfeed.nest import Nest, leaves
 from rlfeed.nest import Path as LeafPath
 from rlfeed.replay import kernels as k
+from rlfeed.replay.device_rows import MOST_PLACES, PLACE, DeviceRows, Leaf, lies_there
 from rlfeed.replay.memory import Kind, Memory, check_fits
 from rlfeed.replay.stacks import FrameStack, frames_of
 from rlfeed.specs import ArraySpec
@@ -41,10 +43,11 @@ class Column:
         name: The `Step` field.
         path: The leaf's path in it.
         spec: Shape and dtype.
-        offset: Bytes from the start of the segment to the first row.
+        offset: Bytes from the start of the segment to the first row, or to that row's place on the device.
         pitch: Bytes from one row to the next.
         every: Steps of an episode between two stored rows: 1, or ``carry_every``, and then rows lie in a ring.
-        inside: Bytes from the start of an overlay entry to this leaf, 0 where it is no carry.
+        inside: Bytes from the start of an overlay entry to this leaf, 0 where there is none.
+        on_device: Whether the rows lie on a device, and the segment has their places there.
     """
 
     name: str
@@ -54,6 +57,12 @@ class Column:
     pitch: int
     every: int = 1
     inside: int = 0
+    on_device: bool = False
+
+    @property
+    def held(self) -> ArraySpec:
+        """Tell what the segment holds of a row: its value, or its place on the device."""
+        return PLACE if self.on_device else self.spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +74,14 @@ class Section:
         pitch: Bytes of one place.
         places: Places of a lane, a ring.
         every: Absolute rows to a place.
+        column: Whose rows, where they lie on a device.
     """
 
     offset: int
     pitch: int
     places: int
     every: int = 1
+    column: Column | None = None
 
 
 class Storage:
@@ -80,7 +91,7 @@ class Storage:
         fields: Nests of `ArraySpec` by `Step` field; the reward is added.
         lanes: Lanes.
         rows: Rows per lane, closing rows included.
-        kind: Private, shared or memory-mapped.
+        kind: Private, shared, memory-mapped, or on a device.
         path: The file, for ``memmap``.
         replace: Whether the file may exist already.
         carry_every: Steps of an episode between two stored carries.
@@ -89,7 +100,10 @@ class Storage:
     Raises:
         ConfigError: If a lane is too short to hold anything, or the file exists.
         CapacityError: If it does not fit.
+        DeviceError: If there is no device.
     """
+
+    device: DeviceRows | None = None
 
     def __init__(
         self,
@@ -111,7 +125,7 @@ class Storage:
         self.lanes, self.rows, self.carry_every = lanes, rows, carry_every
         self.fields = {**fields, "reward": REWARD}
         self.frame_stack = dict(frame_stack) if isinstance(frame_stack, Mapping) else frame_stack
-        self._place()
+        self._place(kind)
         check_fits(kind, self.nbytes, path)
         if lanes >= MOST_LANES or rows >= MOST_ROWS:
             raise ConfigError(
@@ -120,18 +134,36 @@ class Storage:
             )
         self.memory = Memory(kind, self.nbytes, self.overlay_bytes, path, replace=replace)
         self._bind()
+        if kind == "cuda":
+            self._put_on_device()
 
-    def _place(self) -> None:
+    def _put_on_device(self) -> None:
+        if self.lanes * self.ring > MOST_PLACES:
+            raise ConfigError(
+                f"ReplayBuffer: capacity gives {self.lanes * self.ring} rows; expected at most {MOST_PLACES} with "
+                "storage='cuda'. Lower capacity."
+            )
+        columns = [column for column in self.columns if column.on_device]
+        self.device = DeviceRows([Leaf((c.name, c.path), c.spec, self.lanes * self.places_of(c)) for c in columns])
+        for column in columns:
+            count = self.lanes * self.places_of(column)
+            places = np.ndarray(count, PLACE.dtype, self.memory.bytes, column.offset, column.pitch)
+            places[:] = np.arange(1, count + 1)
+
+    def _place(self, kind: Kind) -> None:
         every = self.carry_every
         self.frames = frames_of(self.fields.get("observation", ()), self.frame_stack)
         self.ring = ring_of(self.rows)
         self.entries = self.ring // 2 + 2
         self.carry_entries = self.ring if every == 1 else (self.ring - 1) // every + 2
         small, large, sparse = [], [], []
-        for name, nest in self.fields.items():
-            for path, spec in leaves(nest):
-                group = sparse if name == "carry" and every > 1 else large if spec.nbytes >= LARGE_BYTES else small
-                group.append((name, path, spec))
+        here = [(name, path, spec) for name, nest in self.fields.items() for path, spec in leaves(nest)]
+        if kind == "cuda":  # one place serves all fields of a row, but carries that are not stored with every row
+            shared = ["place", *(["carry"] if "carry" in self.fields and every > 1 else [])]
+            here = [field for field in here if not lies_there(*field[:2])] + [(name, (), PLACE) for name in shared]
+        for name, path, spec in here:
+            group = sparse if name == "carry" and every > 1 else large if spec.nbytes >= LARGE_BYTES else small
+            group.append((name, path, spec))
         small.sort(key=lambda field: -field[2].dtype.itemsize)  # largest alignment first: no holes
         head_bytes = _aligned(self.lanes * 8, 128)
         self.heads_offset = WORDS * 8
@@ -154,15 +186,39 @@ class Storage:
             columns.append(Column(name, path, spec, offset, spec.nbytes, step))
             sections.append(Section(offset, spec.nbytes, places, step))
             offset += self.lanes * places * spec.nbytes
+        if kind == "cuda":
+            columns = list(self._stand_in({(column.name, column.path): column for column in columns}))
+            sections += [Section(0, c.spec.nbytes, self.places_of(c), c.every, c) for c in columns if c.on_device]
         self.sections = tuple(sections)
         self.head_bytes = head_bytes
         self.nbytes = _aligned(offset, 4096)
         self.columns = tuple(self._overlay(columns))
 
+    def _stand_in(self, here: dict[tuple[str, LeafPath], Column]) -> Iterator[Column]:
+        """Give every field that lies on a device the column of its places."""
+        for name, nest in self.fields.items():
+            places = here["carry" if name == "carry" and self.carry_every > 1 else "place", ()]
+            for path, spec in leaves(nest):
+                if lies_there(name, path):
+                    yield replace_fields(places, name=name, path=path, spec=spec, on_device=True)
+                else:
+                    yield here[name, path]
+
+    def places_of(self, column: Column) -> int:
+        """Count the places of a column.
+
+        Args:
+            column: Which.
+
+        Returns:
+            Those of one lane.
+        """
+        return self.ring if column.every == 1 else self.carry_entries
+
     def _overlay(self, columns: list[Column]) -> Iterator[Column]:
         inside = 16  # behind the version and the row
         for column in columns:
-            if column.name == "carry":
+            if column.name == "carry" and not column.on_device:
                 column = replace_fields(column, inside=inside)
                 inside += _aligned(column.spec.nbytes, 8)
             yield column
@@ -204,7 +260,7 @@ class Storage:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._place()
+        self._place(self.memory.kind)
         self._bind()
 
     def column(self, name: str, path: LeafPath = ()) -> Column:
@@ -256,7 +312,7 @@ class Storage:
         table = np.zeros((len(columns), k.FIELD_SIZE), np.int64)
         for line, (column, role) in zip(table, columns, strict=True):
             line[k.BASE] = self.memory.address + column.offset
-            line[k.PITCH], line[k.NBYTES], line[k.ROLE] = column.pitch, column.spec.nbytes, role
+            line[k.PITCH], line[k.NBYTES], line[k.ROLE] = column.pitch, column.held.nbytes, role
             line[k.INSIDE] = column.inside
             line[k.FRAMES] = self.frames[column.path] if column.name == "observation" else 1
         return table
@@ -269,6 +325,20 @@ class Storage:
         """
         words = self.memory.bytes[self.heads_offset : self.directory_offset].view(np.int64)
         return words.reshape(HEADS, self.head_bytes // 8)[:, : self.lanes]
+
+    def indices(self, lanes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Look up the numbers that live rows have in their episodes.
+
+        Args:
+            lanes: ``[n]`` int64.
+            rows: ``[n]`` int64, absolute.
+
+        Returns:
+            ``[n]``.
+        """
+        offset, count = self.records_offset + k.FLAGS, self.lanes * self.ring
+        words = np.ndarray(count, np.uint32, self.memory.bytes, offset, self.stride)
+        return words[lanes * self.ring + rows % self.ring] >> k.INDEX_SHIFT
 
     def words(self, begin: int, end: int) -> np.ndarray:
         """View shared words of the whole buffer.
@@ -296,7 +366,7 @@ class Storage:
             copies[0] += 1
             return int(copies[0])
 
-    def pieces(self, section: Section, lane: int, begin: int, end: int) -> list[np.ndarray]:
+    def pieces(self, section: Section, lane: int, begin: int, end: int, *, fill: bool = False) -> Iterator[np.ndarray]:
         """View what a section holds of some rows of a lane.
 
         Args:
@@ -304,9 +374,11 @@ class Storage:
             lane: Which.
             begin: The first absolute row.
             end: Behind the last, <= begin + rows.
+            fill: Whether the caller puts rows into the pieces.
 
-        Returns:
-            uint8 arrays on the live memory, oldest row first: two where the lane's end lies between.
+        Yields:
+            uint8 arrays on the live memory, oldest row first: two where the lane's end lies between. What lies on a
+            device passes through more and smaller ones, each valid until the next is asked for.
         """
         first = begin // section.every
         count = -(-end // section.every) - first if end > begin else 0
@@ -314,8 +386,11 @@ class Storage:
         before = min(count, section.places - start)
         spans = ((base + start, base + start + before), (base, base + count - before))
         data = self.memory.bytes[section.offset :]
-        return [data[a * section.pitch : b * section.pitch] for a, b in spans if b > a]
-
+        for a, b in spans:
+            if self.device is not None and section.column is not None:
+                yield from self.device.pieces((section.column.name, section.column.path), a, b, fill=fill)
+            elif b > a:
+                yield data[a * section.pitch : b * section.pitch]
 
     def overlay(self) -> np.ndarray | None:
         """View the carries that were written back.

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from rlfeed.errors import ConfigError, NotEnoughDataError, StaleReadError
+from rlfeed.errors import ConfigError, NotEnoughDataError, StaleReadError, UnsupportedError
 from rlfeed.replay import kernels as k
+from rlfeed.replay.device_rows import DeviceRows
 from rlfeed.replay.draws import Draws, drawer_for
 from rlfeed.replay.priorities import Priorities
 from rlfeed.replay.readers import Allocate, allocate_private, reader_for
@@ -111,3 +112,56 @@ class UnitSampler:
             f"ReplayBuffer: holds {steps} steps and {counts[0]} whole episodes, none of which can start "
             f"{self.unit}; expected {need_of(self.unit)}. {remedy}"
         )
+
+
+class DeviceUnitSampler(UnitSampler):
+    """Draw on the host, as ever, and gather on the device that has the rows.
+
+    Args:
+        storage: What to read.
+        device: Its rows.
+        sampler: Which starts.
+        unit: What they become.
+        priorities: Of the buffer, where its sampler needs them.
+
+    Raises:
+        ConfigError: If a lane is shorter than what one sample touches, or this is no unit.
+        UnsupportedError: If the unit relabels goals.
+    """
+
+    def __init__(
+        self, storage: Storage, device: DeviceRows, sampler: Sampler, unit: Unit, priorities: Priorities | None
+    ) -> None:
+        if isinstance(unit, Transition) and unit.relabel is not None:
+            raise UnsupportedError(
+                f"{unit}: relabels goals, which is done on the host, but the buffer has storage='cuda'; expected "
+                "relabel=None. Use storage='shared' with DeviceFeed."
+            )
+        super().__init__(storage, sampler, unit, priorities)
+        self._device = device
+
+    def gather(self, draws: Draws, allocate: Allocate = allocate_private) -> Batch:
+        """Gather draws on the device, whatever the memory offered; see `UnitSampler.gather`."""
+        device = self._device
+        device.check_process()
+        with device.lock:
+            return device.fetch(super().gather(draws, device.engine.stage))
+
+
+def unit_sampler_for(
+    storage: Storage, sampler: Sampler, unit: Unit, priorities: Priorities | None = None
+) -> UnitSampler:
+    """Bind a unit to a storage, wherever its rows lie.
+
+    Args:
+        storage: What to read.
+        sampler: Which starts.
+        unit: What they become.
+        priorities: Of the buffer, where its sampler needs them.
+
+    Returns:
+        What draws and gathers it.
+    """
+    if storage.device is not None:
+        return DeviceUnitSampler(storage, storage.device, sampler, unit, priorities)
+    return UnitSampler(storage, sampler, unit, priorities)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from rlfeed.errors import FieldError
+from rlfeed.errors import FieldError, UnsupportedError
 from rlfeed.nest import describe, leaves
 from rlfeed.replay import kernels as k
 from rlfeed.replay.storage import Storage
@@ -26,9 +26,15 @@ def write_back(storage: Storage, ids: Any, columns: Mapping[str, Any]) -> int:
         How many were applied. Stale ids are dropped and counted; first steps of episodes keep their zeros.
 
     Raises:
+        UnsupportedError: If the rows lie on a device.
         FieldError: If ids or values are not what was declared; nothing has been written then.
         CapacityError: If there is no memory for what is written back, at the first call.
     """
+    if storage.device is not None:
+        raise UnsupportedError(
+            f"{_WHERE}: the buffer has storage='cuda'; expected 'shared', 'private' or 'memmap' where carries are "
+            "written back. Use one of them with DeviceFeed."
+        )
     ids = _ids(ids)
     values = _values(storage, columns, len(ids))
     storage.reserve_overlay()

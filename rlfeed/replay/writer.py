@@ -9,6 +9,8 @@ import numpy as np
 from rlfeed.errors import ConfigError, FieldError, LaneError
 from rlfeed.nest import Nest, Path, build, describe, leaves
 from rlfeed.replay import kernels as k
+from rlfeed.replay.device_rows import DeviceRows
+from rlfeed.replay.device_writing import write_step
 from rlfeed.replay.ingest import write_episodes
 from rlfeed.replay.limiter import Gate
 from rlfeed.replay.storage import Column, Storage
@@ -190,6 +192,54 @@ class Writer:
         release_lanes(self._storage, [lane for lane in self._lanes.tolist() if heads[-1, lane] == self._owner])
 
 
+class DeviceWriter(Writer):
+    """Write steps into lanes whose rows lie on a device.
+
+    Args:
+        storage: Where to.
+        device: Its rows.
+        lanes: Its lanes.
+        owner: Its number, or `NOBODY`.
+    """
+
+    def __init__(self, storage: Storage, device: DeviceRows, lanes: Sequence[int], owner: int) -> None:
+        super().__init__(storage, lanes, owner)
+        self._device = device
+
+    def add(self, step: Step) -> np.ndarray:
+        """Store one step; see `Writer.add`."""
+        device = self._device
+        device.check_process()
+        if self._gate.active[0]:  # before the lock: the learner, who opens it, needs the lock too
+            self._gate.wait_to_insert()
+        with device.lock:
+            ids = self._add_fitted(step)
+            write_step(self._storage, device, step, ids)
+        return ids
+
+    def extend(self, batch: Batch) -> np.ndarray:
+        """Store whole episodes; see `Writer.extend`."""
+        self._device.check_process()
+        with self._device.lock:
+            return super().extend(batch)
+
+
+def writer_for(storage: Storage, lanes: Sequence[int], owner: int = NOBODY) -> Writer:
+    """Make a writer, wherever the rows lie.
+
+    Args:
+        storage: Where to.
+        lanes: Its lanes.
+        owner: Its number, or `NOBODY`.
+
+    Returns:
+        The writer.
+    """
+    if storage.device is not None:
+        return DeviceWriter(storage, storage.device, lanes, owner)
+    return Writer(storage, lanes, owner)
+
+
 def claim_lanes(storage: Storage, lanes: list[int]) -> Writer:
     """Claim lanes for a new writer.
 
@@ -216,7 +266,7 @@ def claim_lanes(storage: Storage, lanes: list[int]) -> Writer:
                 f"ReplayBuffer.writer: lane {lane} has a writer; expected lanes that nobody has. Call "
                 f"release([{lane}]) when that writer has left."
             )
-    return Writer(storage, lanes, owner)
+    return writer_for(storage, lanes, owner)
 
 
 def release_lanes(storage: Storage, lanes: list[int]) -> int:
@@ -285,7 +335,8 @@ class _Inputs:
         nests["next_observation"] = nests["observation"]
         self.nests = {name: nests[name] for name in _STEP_FIELDS if name in nests} | _CONTROL
         self.declared = [(name, path, spec) for name, nest in self.nests.items() for path, spec in leaves(nest)]
-        self.columns = [(name, _column(storage, name, path)) for name, path, _ in self.declared if name not in _CONTROL]
+        stored = [(name, _column(storage, name, path)) for name, path, _ in self.declared if name not in _CONTROL]
+        self.columns = [(i, name, column) for i, (name, column) in enumerate(stored) if not column.on_device]
         read = {name: nest for name, nest in self.nests.items() if nest != {}}
         self._get = attrgetter(*read)
         self._deep = [(i, nest) for i, nest in enumerate(read.values()) if not isinstance(nest, ArraySpec)]
@@ -342,8 +393,8 @@ def _program(storage: Storage, inputs: _Inputs, lanes: np.ndarray, owner: int) -
             return k.ROLE_OBSERVATION if name == "observation" else k.ROLE_SUCCESSOR
         return k.ROLE_STEP if column.every == 1 else k.ROLE_CARRY
 
-    fields = storage.table([(column, role(name, column)) for name, column in inputs.columns])
-    fields[:, k.OTHER] = np.arange(len(fields))
+    fields = storage.table([(column, role(name, column)) for _, name, column in inputs.columns])
+    fields[:, k.OTHER] = [i for i, _, _ in inputs.columns]
     places = [name if path != ("priority",) else "priority" for name, path, _ in inputs.declared]
     specs = [spec for _, _, spec in inputs.declared]
     expects = np.zeros((len(specs), k.EXPECT_SIZE), np.int64)

@@ -194,11 +194,6 @@ def test_buffer_unsupported_space_names_the_part():
         ReplayBuffer(space, Discrete(2), capacity=10)
 
 
-def test_buffer_what_is_not_served_is_refused():
-    with pytest.raises(errors.UnsupportedError):
-        ReplayBuffer(LINE, Discrete(2), capacity=10, storage="cuda")
-
-
 def test_sample_lane_shorter_than_a_sample_is_refused():
     with pytest.raises(errors.ConfigError, match="touches 21 rows, but a lane has 10"):
         line_buffer(capacity=10).sample(1, Transition(n_step=20))

@@ -91,8 +91,8 @@ def test_load_state_that_says_something_else_is_refused(change, message, tmp_pat
 def test_load_rows_that_do_not_continue_each_other_are_refused(tmp_path):
     driver = Driver(lanes=1)
     driver.go_on(20)
-    pieces = driver.buffer._storage.pieces(driver.buffer._storage.sections[0], 0, 7, 8)
-    pieces[0][4] ^= 8  # whether the row begins an episode
+    piece = next(driver.buffer._storage.pieces(driver.buffer._storage.sections[0], 0, 7, 8))
+    piece[4] ^= 8  # whether the row begins an episode
     driver.buffer.save(tmp_path / "saved")
     with pytest.raises(CheckpointError, match=r"row [78] of lane 0 does not continue the one before"):
         ReplayBuffer.load(tmp_path / "saved")
