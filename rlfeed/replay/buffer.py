@@ -104,7 +104,10 @@ class ReplayBuffer:
 
     def _start(self) -> None:
         prioritized = prioritized_in(self.sampler)
-        self._priorities = None if prioritized is None else Priorities(self._storage, prioritized.alpha)
+        self._priorities = None
+        if prioritized is not None:
+            lows = prioritized.scale == "buffer"
+            self._priorities = Priorities(self._storage, prioritized.alpha, lows=lows)
         self._drawn = 0
         self._bind(copy=0)
         if self._priorities is not None:

@@ -160,9 +160,9 @@ class PrioritizedDrawer(Drawer):
         )  # fmt: skip
         if drawn == k.NO_START:
             return False
-        if self.weights == "buffer":  # the greatest weight that any start would have is the one of the least mass
-            masses /= min(tree.total()[1], masses.min())
-        masses **= -self._beta[0]
+        # The greatest weight that any start would have is the one of the least mass.
+        least = min(tree.least(), masses.min()) if self.weights == "buffer" else 1.0
+        k.weigh(masses, least, self._beta[0])
         return True
 
 
@@ -197,7 +197,7 @@ class MixtureDrawer(Drawer):
         chances = np.zeros(len(draws))
         for part, fraction in zip(self._parts, self._fractions, strict=True):
             if isinstance(part, PrioritizedDrawer):
-                chances += fraction * np.maximum(tree.masses(draws.ids), 0.0) / max(tree.total()[0], 1e-300)
+                chances += fraction * np.maximum(tree.masses(draws.ids), 0.0) / max(tree.total(), 1e-300)
             elif isinstance(part, RecentDrawer):
                 chances += fraction * part.chances(draws)
             else:

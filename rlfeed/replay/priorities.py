@@ -4,6 +4,7 @@ New rows are not announced to a tree: at its next tick the learner folds in what
 not fold (a worker of a stock DataLoader) draws those rows by arithmetic, each with the greatest mass.
 """
 
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,21 +29,24 @@ class Tree:
     Args:
         storage: Whose rows.
         alpha: Exponent of the priorities.
+        lows: Whether the least mass is kept.
     """
 
-    def __init__(self, storage: Storage, alpha: float) -> None:
-        self._storage, self.alpha = storage, alpha
+    def __init__(self, storage: Storage, alpha: float, *, lows: bool) -> None:
+        self._storage, self.alpha, self._lows = storage, alpha, lows
         counts = [_padded(storage.lanes * storage.ring)]
         while counts[-1] > 1:
             above = counts[-1] // _FAN
             counts.append(above if above == 1 else _padded(above))
         begins = np.concatenate([[0], np.cumsum(counts)[:-1]])
         self.levels = np.stack([begins, counts], axis=1).astype(np.int64)
-        self._nodes_count, self._inner = int(3 * sum(counts) - 2 * counts[0]), int(sum(counts[1:]))
+        self._inner = int(sum(counts[1:]))
+        self._nodes_count = counts[0] + (2 + lows) * self._inner
         kind = "private" if storage.memory.is_private else "shared"
         self._memory = Memory(kind, (_WORDS + 1 + storage.lanes + self._nodes_count) * 8)
         self._bind()
-        self.nodes[-self._inner :] = np.inf  # the least of no start
+        if lows:
+            self.nodes[-self._inner :] = np.inf  # the least of no start
 
     def _bind(self) -> None:
         words = self._memory.bytes.view(np.int64)
@@ -109,14 +113,21 @@ class Tree:
         with self._writing():
             k.set_priorities(self._storage.plan, self.nodes, self.words, self.levels, ids, values, self.alpha)
 
-    def total(self) -> tuple[float, float]:
-        """Give the mass of all starts and the least of one that is not zero.
+    def total(self) -> float:
+        """Give the mass of all starts.
 
         Returns:
-            Both; the least is infinite where there is none.
+            Their sum.
         """
-        root = self.levels[-1, 0]
-        return float(self.nodes[root]), float(self.nodes[root + 2 * self._inner])
+        return float(self.nodes[self.levels[-1, 0]])
+
+    def least(self) -> float:
+        """Give the least mass of a start that is not zero, where that is kept.
+
+        Returns:
+            The mass; infinite where there is none.
+        """
+        return float(self.nodes[self.levels[-1, 0] + 2 * self._inner]) if self._lows else math.inf
 
     def masses(self, ids: np.ndarray) -> np.ndarray:
         """Look masses up.
@@ -157,12 +168,16 @@ class Priorities:
     Args:
         storage: Whose rows.
         alpha: Exponent of the priorities.
+        lows: Whether the least mass is kept.
     """
 
-    def __init__(self, storage: Storage, alpha: float) -> None:
-        self._storage, self._alpha = storage, alpha
-        self._trees = [Tree(storage, alpha)]
+    def __init__(self, storage: Storage, alpha: float, *, lows: bool) -> None:
+        self._storage, self._alpha, self._lows = storage, alpha, lows
+        self._trees = [self._grow()]
         self._early: list[tuple[np.ndarray, np.ndarray]] = []  # given before a unit said what a start is
+
+    def _grow(self) -> Tree:
+        return Tree(self._storage, self._alpha, lows=self._lows)
 
     def tree_of(self, rule: np.ndarray) -> Tree:
         """Find the tree of a unit's starts, or grow it: from the priorities of steps that another tree has.
@@ -177,7 +192,7 @@ class Priorities:
             if tree.claim(rule):
                 break
         else:
-            tree = Tree(self._storage, self._alpha)
+            tree = self._grow()
             tree.claim(rule)
             tree.fold()
             known = self._trees[0].nodes[: tree.levels[0, 1]]
@@ -237,7 +252,7 @@ class Priorities:
             state: What `state_dict` gave.
         """
         while len(self._trees) < len(state["trees"]):
-            self._trees.append(Tree(self._storage, self._alpha))
+            self._trees.append(self._grow())
         for tree, saved in zip(self._trees, state["trees"], strict=True):
             tree.load_state_dict(saved)
         self._early = [(early["ids"], early["values"]) for early in state["early"]]

@@ -88,7 +88,8 @@ class UnitSampler:
 
         batch = self.reader.collect(draws, again, allocate)
         if self.drawer.weights != "ones" and batch.weights is not None:
-            batch.weights.numpy()[:] = draws.weights / (draws.weights.max() if self.drawer.weights == "batch" else 1.0)
+            scale = 0.0 if self.drawer.weights == "batch" else 1.0
+            k.store_weights(draws.weights, scale, len(draws), batch.weights.data_ptr())
         return batch
 
     def _overtaken(self, rows: int, count: int) -> StaleReadError:

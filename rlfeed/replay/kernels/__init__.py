@@ -92,7 +92,16 @@ from rlfeed.replay.kernels.rows import (
 )
 from rlfeed.replay.kernels.stacks import gather_stacks
 from rlfeed.replay.kernels.starts import ALIGNED, BACK, CROSS, ENDED, GRID, NEED, PLAIN, RULE_SIZE, STRICT, WHOLE
-from rlfeed.replay.kernels.tree import check_updates, draw_masses, fold, is_behind, rebuild, set_priorities
+from rlfeed.replay.kernels.tree import (
+    check_updates,
+    draw_masses,
+    fold,
+    is_behind,
+    rebuild,
+    set_priorities,
+    store_weights,
+    weigh,
+)
 from rlfeed.replay.kernels.windows import EXTENT, WINDOW_SIZE, gather_windows, resolve_windows
 from rlfeed.replay.kernels.write import (
     BAD_PRIORITY,
@@ -231,6 +240,8 @@ __all__ = [
     "runtime",
     "set_priorities",
     "snapshot_heads",
+    "store_weights",
+    "weigh",
     "write_back",
     "write_episode",
     "write_step",

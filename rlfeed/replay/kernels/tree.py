@@ -29,9 +29,10 @@ from rlfeed.replay.kernels.rows import (
     first_row,
     is_stale,
     record_of,
+    slot_by,
 )
 from rlfeed.replay.kernels.starts import ENDED, NEED, PLAIN, WHOLE, list_starts, starts_here
-from rlfeed.replay.kernels.words import kernel, load_acquire, load_f32, load_u8, prefetch
+from rlfeed.replay.kernels.words import kernel, load_acquire, load_f32, load_u8, prefetch, store_f32
 
 FAN, FAN_BITS = 16, 4
 # Words of a tree beside its nodes: how many starts it holds, then per lane the head it was folded at, twice that plus 1
@@ -46,12 +47,41 @@ def is_blank(mass: float) -> bool:
 
 
 @njit
+def sum_children(nodes: np.ndarray, child: int) -> float:
+    """Sum up 16 neighbours, in four chains: one chain would wait for each addition."""
+    a, b, c, d = nodes[child], nodes[child + 1], nodes[child + 2], nodes[child + 3]
+    for place in range(child + 4, child + FAN, 4):
+        a, b, c, d = a + nodes[place], b + nodes[place + 1], c + nodes[place + 2], d + nodes[place + 3]
+    return (a + b) + (c + d)
+
+
+@njit
+def max_children(nodes: np.ndarray, child: int) -> float:
+    """Find the greatest of 16 neighbours."""
+    a, b, c, d = nodes[child], nodes[child + 1], nodes[child + 2], nodes[child + 3]
+    for place in range(child + 4, child + FAN, 4):
+        e, f, g, h = nodes[place], nodes[place + 1], nodes[place + 2], nodes[place + 3]
+        a, b, c, d = e if e > a else a, f if f > b else b, g if g > c else c, h if h > d else d
+    return max(max(a, b), max(c, d))
+
+
+@njit
+def min_children(nodes: np.ndarray, child: int) -> float:
+    """Find the least of 16 neighbours that is above 0."""
+    least = np.inf
+    for place in range(child, child + FAN):
+        least = nodes[place] if 0.0 < nodes[place] < least else least
+    return least
+
+
+@njit
 def refresh(nodes: np.ndarray, levels: np.ndarray, touched: np.ndarray, count: int) -> None:
-    """Compute the nodes above changed leaves anew, level by level: sum, greatest, and least that is not zero.
+    """Compute the nodes above changed leaves anew, level by level: sum, greatest, and the least where it is kept.
 
     ``touched`` holds the changed nodes' numbers on the first level above the leaves, in order, and is used up.
     """
     inner = levels[-1, 0] + levels[-1, 1] - levels[0, 1]
+    lows = len(nodes) > levels[0, 1] + 2 * inner
     for level in range(1, len(levels)):
         below, here, kept, last = levels[level - 1, 0], levels[level, 0], 0, -1
         most = inner if level > 1 else 0
@@ -59,15 +89,11 @@ def refresh(nodes: np.ndarray, levels: np.ndarray, touched: np.ndarray, count: i
             node = touched[i]
             if node == last:
                 continue
-            last = node
-            total, greatest, least = 0.0, 0.0, np.inf
-            for child in range(below + node * FAN, below + node * FAN + FAN, 4):  # fours: shorter chains of additions
-                total += (nodes[child] + nodes[child + 1]) + (nodes[child + 2] + nodes[child + 3])
-                for place in range(child, child + 4):
-                    high, low = nodes[place + most], nodes[place + 2 * most]
-                    greatest = high if high > greatest else greatest
-                    least = low if 0.0 < low < least else least
-            nodes[here + node], nodes[here + node + inner], nodes[here + node + 2 * inner] = total, greatest, least
+            last, child = node, below + node * FAN
+            nodes[here + node] = sum_children(nodes, child)
+            nodes[here + node + inner] = max_children(nodes, child + most)
+            if lows:
+                nodes[here + node + 2 * inner] = min_children(nodes, child + 2 * most)
             parent = node >> FAN_BITS
             if kept == 0 or touched[kept - 1] != parent:
                 touched[kept] = parent
@@ -76,11 +102,10 @@ def refresh(nodes: np.ndarray, levels: np.ndarray, touched: np.ndarray, count: i
 
 
 @njit
-def root_of(nodes: np.ndarray, levels: np.ndarray) -> tuple[float, float, float]:
-    """Give the mass of all starts, the greatest of one, and the least that is not zero."""
+def root_of(nodes: np.ndarray, levels: np.ndarray) -> tuple[float, float]:
+    """Give the mass of all starts, and the greatest of one."""
     root = levels[-1, 0]
-    inner = root + levels[-1, 1] - levels[0, 1]
-    return nodes[root], nodes[root + inner], nodes[root + 2 * inner]
+    return nodes[root], nodes[root + root + levels[-1, 1] - levels[0, 1]]
 
 
 @njit
@@ -112,7 +137,7 @@ def fold(
     Args:
         plan: The storage.
         rule: The unit's valid starts.
-        nodes: Leaves, then sums, maxima and minima.
+        nodes: Leaves, then sums, maxima and perhaps minima.
         words: STARTS, then FOLDED of every lane.
         levels: ``[K, 2]``: where each level's sums begin and how many there are.
         alpha: Exponent, where actors give priorities.
@@ -226,14 +251,16 @@ def descend(nodes: np.ndarray, levels: np.ndarray, places: np.ndarray, masses: n
 
 
 @njit
-def find_row(plan: np.ndarray, words: np.ndarray, leaf: int) -> int:
-    """Give the id that a leaf stands for, or -1."""
+def find_row(plan: np.ndarray, words: np.ndarray, leaf: int, inverse: float) -> int:
+    """Give the id that a leaf stands for, or -1; ``inverse`` is one over the rows, for a division takes 10 ns."""
     rows = plan[ROWS]
-    lane = leaf // rows
+    lane = np.int64(np.float64(leaf) * inverse)
+    lane += np.int64((lane + 1) * rows <= leaf) - np.int64(lane * rows > leaf)
     if lane >= plan[LANES]:
         return -1
     newest = (words[FOLDED + lane] >> 1) - 1
-    row = newest - (newest - leaf + lane * rows) % rows
+    back = slot_by(rows, inverse, max(newest, 0)) - (leaf - lane * rows)
+    row = newest - (back if back >= 0 else back + rows)
     return (lane << LANE_SHIFT) | row if row >= 0 else -1
 
 
@@ -290,7 +317,7 @@ def draw_masses(
     Args:
         plan: The storage.
         rule: The unit's valid starts.
-        nodes: Leaves, then sums, maxima and minima.
+        nodes: Leaves, then sums, maxima and perhaps minima.
         words: STARTS, then FOLDED of every lane.
         levels: ``[K, 2]``: where each level's sums begin and how many there are.
         key: Of seed, stream and rank.
@@ -303,10 +330,10 @@ def draw_masses(
     Returns:
         B, or NO_START where no valid start has any mass.
     """
-    count, lanes, rows = len(ids), plan[LANES], plan[ROWS]
+    count, lanes, rows, inverse = len(ids), plan[LANES], plan[ROWS], 1.0 / np.float64(plan[ROWS])
     begins, upto, heads = np.empty(lanes, np.int64), np.empty(lanes, np.int64), np.empty(lanes, np.int64)
     extra = unfolded(plan, rule, words, begins, upto)
-    folded, newest, _ = root_of(nodes, levels)
+    folded, newest = root_of(nodes, levels)
     newest = newest if newest > 0.0 else 1.0
     starts, sums = np.empty(0, np.int64), np.empty(0, np.float64)
     bits, places, rest = np.empty(count, np.uint64), np.zeros(count, np.int64), np.empty(count, np.float64)
@@ -320,7 +347,7 @@ def draw_masses(
     if extra == 0:
         descend(nodes, levels, places, rest)
     for i in range(count):
-        ids[i], masses[i], limits[i] = find_row(plan, words, places[i]), nodes[places[i]], 0
+        ids[i], masses[i], limits[i] = find_row(plan, words, places[i], inverse), nodes[places[i]], 0
         if ids[i] >= 0:
             limits[i] = load_acquire(plan[COMMITTED] + (ids[i] >> LANE_SHIFT) * 8)
             prefetch(record_of(plan, ids[i] >> LANE_SHIFT, ids[i] & ROW_MASK))
@@ -352,7 +379,7 @@ def draw_masses(
             else:
                 one_place[0], one_rest[0] = 0, mass
                 descend(nodes, levels, one_place, one_rest)
-                ids[i], masses[i] = find_row(plan, words, one_place[0]), nodes[one_place[0]]
+                ids[i], masses[i] = find_row(plan, words, one_place[0], inverse), nodes[one_place[0]]
                 if ids[i] >= 0 and masses[i] > 0.0:
                     limits[i] = load_acquire(plan[COMMITTED] + (ids[i] >> LANE_SHIFT) * 8)
                     drawn = is_start(plan, rule, ids[i], limits[i])
@@ -418,7 +445,7 @@ def set_priorities(
 
     Args:
         plan: The storage.
-        nodes: Leaves, then sums, maxima and minima.
+        nodes: Leaves, then sums, maxima and perhaps minima.
         words: STARTS, then FOLDED of every lane.
         levels: ``[K, 2]``: where each level's sums begin and how many there are.
         ids: ``[B]``.
@@ -447,7 +474,37 @@ def rebuild(nodes: np.ndarray, levels: np.ndarray) -> None:
     """Compute every inner node from the leaves.
 
     Args:
-        nodes: Leaves, then sums, maxima and minima.
+        nodes: Leaves, then sums, maxima and perhaps minima.
         levels: ``[K, 2]``: where each level's sums begin and how many there are.
     """
     refresh(nodes, levels, np.arange(levels[0, 1] // FAN), levels[0, 1] // FAN)
+
+
+@kernel("void(float64[::1], float64, int64, int64)")
+def store_weights(masses: np.ndarray, scale: float, count: int, destination: int) -> None:
+    """Store weights as float32, over the greatest of them or over a scale.
+
+    Args:
+        masses: ``[B]``, the weights.
+        scale: What they are divided by; 0 is the greatest of them.
+        count: B.
+        destination: Address.
+    """
+    if scale == 0.0:
+        for i in range(count):
+            scale = max(scale, masses[i])
+    for i in range(count):
+        store_f32(destination + i * 4, np.float32(masses[i] / scale))
+
+
+@kernel("void(float64[::1], float64, float64)")
+def weigh(masses: np.ndarray, least: float, beta: float) -> None:
+    """Turn masses into importance weights, in place: ``(mass / least) ^ -beta``.
+
+    Args:
+        masses: ``[B]``.
+        least: The mass whose weight is 1.
+        beta: Exponent.
+    """
+    for i in range(len(masses)):
+        masses[i] = (masses[i] / least) ** -beta

@@ -175,7 +175,7 @@ def test_mixed_windows_are_padded_together_and_priorities_go_to_their_buffer():
     assert batch.lengths.tolist() == [3 if source == 0 else 9 for source in batch.source.tolist()]
     assert (batch.reward[~batch.mask] == 0).all()
     assert loader.update_priorities(batch, np.where(batch.source.numpy() == 0, 2.0, 5.0)) == 6
-    assert demos.unit_sampler(Episode()).drawer.tree.total()[0] > 0
+    assert demos.unit_sampler(Episode()).drawer.tree.total() > 0
     trees = [buffer.unit_sampler(Episode()).drawer.tree for buffer in (demos, online)]
     for part, (tree, value) in enumerate(zip(trees, (2.0, 5.0), strict=True)):
         assert set(tree.masses(batch.ids.numpy()[batch.source.numpy() == part]).tolist()) == {value}

@@ -145,7 +145,7 @@ def test_last_value_of_a_duplicate_wins_and_the_sum_stays_whole():
     tree = buffer.unit_sampler(Transition()).drawer.tree
     buffer.update_priorities([ids[1], ids[1], ids[0], ids[1]], [5.0, 7.0, 2.0, 3.0])
     assert tree.masses(ids).tolist() == [2.0, 3.0, 1.0]
-    assert tree.total() == (6.0, 1.0)
+    assert tree.total() == 6.0
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_a_million_updates_leave_no_drift():
     for _ in range(1000):
         tree.set(generator.choice(ids, 1000), 10.0 ** generator.uniform(-12, 12, 1000))
     leaves = tree.nodes[: tree.levels[0, 1]]
-    assert tree.total()[0] == pytest.approx(math.fsum(leaves), rel=1e-13)
+    assert tree.total() == pytest.approx(math.fsum(leaves), rel=1e-13)
     assert (tree.masses(buffer.sample(5000, Transition()).ids.numpy()) > 0).all()
 
 
@@ -230,7 +230,7 @@ def test_tree_that_a_killed_writer_left_in_the_middle_is_mended():
     buffer.update_priorities(ids, np.ones(5))
     tree._state[0], tree.nodes[3] = 1, 8.0  # a leaf written, the sums above not yet, and nobody to say so
     buffer.update_priorities(ids[:1], [2.0])
-    assert tree.total()[0] == 2 + 1 + 1 + 8 + 1
+    assert tree.total() == 2 + 1 + 1 + 8 + 1
 
 
 def test_recent_draws_half_as_often_after_a_half_life():
@@ -382,10 +382,10 @@ def test_two_units_of_one_buffer_keep_trees_of_their_own_on_the_same_priorities(
     buffer.sample(1, Transition())
     episodes = buffer.unit_sampler(Episode()).drawer.tree
     assert isinstance(episodes, Tree)
-    assert episodes.total()[0] == 1.0 + 4.0
+    assert episodes.total() == 1.0 + 4.0
     buffer.update_priorities(ids[:1], [9.0])
-    assert episodes.total()[0] == 13.0
-    assert buffer.unit_sampler(Transition()).drawer.tree.total()[0] == 29.0
+    assert episodes.total() == 13.0
+    assert buffer.unit_sampler(Transition()).drawer.tree.total() == 29.0
 
 
 def test_values_may_be_tensors():
