@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +54,9 @@ class Memory:
             self._mmap = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         else:
             self._mmap = mmap.mmap(self._fd, self.nbytes)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # rows are read at random: fewer pages to look up, where the system has them
+            with suppress(OSError):
+                self._mmap.madvise(mmap.MADV_HUGEPAGE)
         self.bytes = np.frombuffer(self._mmap, np.uint8)
         self.address = self.bytes.ctypes.data
 

@@ -157,8 +157,8 @@ def test_hindsight_without_an_ended_episode_says_what_is_missing():
 def test_hindsight_same_draws_give_same_goals_whatever_the_batch_size():
     buffer, _ = filled(40)
     sampler = buffer.unit_sampler(Transition(relabel=Hindsight("future", 0.5, distance)))
-    whole = sampler.read(3, 0, 64)
-    parts = [sampler.read(3, number, 16) for number in range(0, 64, 16)]
+    whole = sampler.gather(sampler.draw(3, 0, 64))
+    parts = [sampler.gather(sampler.draw(3, number, 16)) for number in range(0, 64, 16)]
     for name in ("observation", "next_observation"):
         goals = np.concatenate([getattr(part, name)["desired_goal"] for part in parts])
         assert np.array_equal(goals, getattr(whole, name)["desired_goal"])
