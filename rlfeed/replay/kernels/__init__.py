@@ -37,6 +37,7 @@ from rlfeed.replay.kernels.goals import (
     relabel_goals,
 )
 from rlfeed.replay.kernels.lanes import choose_lane, claim_lane, count_up, cut_lane, free_lane
+from rlfeed.replay.kernels.masses import draw_masses, store_weights, weigh
 from rlfeed.replay.kernels.objects import EXPECT_SIZE, data_of, kind_word, runtime
 from rlfeed.replay.kernels.recent import draw_recent
 from rlfeed.replay.kernels.restore import reserved_head, restore_heads, snapshot_heads
@@ -92,16 +93,7 @@ from rlfeed.replay.kernels.rows import (
 )
 from rlfeed.replay.kernels.stacks import gather_stacks
 from rlfeed.replay.kernels.starts import ALIGNED, BACK, CROSS, ENDED, GRID, NEED, PLAIN, RULE_SIZE, STRICT, WHOLE
-from rlfeed.replay.kernels.tree import (
-    check_updates,
-    draw_masses,
-    fold,
-    is_behind,
-    rebuild,
-    set_priorities,
-    store_weights,
-    weigh,
-)
+from rlfeed.replay.kernels.tree import check_updates, fold, is_behind, rebuild, set_priorities
 from rlfeed.replay.kernels.windows import EXTENT, WINDOW_SIZE, gather_windows, resolve_windows
 from rlfeed.replay.kernels.write import (
     BAD_PRIORITY,
