@@ -230,7 +230,7 @@ class Priorities:
                 "changed."
             )
         if self._trees[0].rule is None:
-            self._early.append((ids, values))
+            self._early.append((ids.copy(), values.copy()))
         else:
             for tree in self._trees:
                 tree.set(ids, values)
@@ -280,4 +280,4 @@ def _checked(ids: Any, values: Any) -> tuple[np.ndarray, np.ndarray]:
         wrong.append(f"values has dtype {values.dtype}; expected numbers")
     if wrong:
         raise FieldError("update_priorities: " + "; ".join(wrong) + ". Nothing was changed.")
-    return np.array(ids, np.int64), np.array(values, np.float64)
+    return np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(values, np.float64)

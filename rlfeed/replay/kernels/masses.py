@@ -22,7 +22,7 @@ from rlfeed.replay.kernels.rows import (
 )
 from rlfeed.replay.kernels.starts import NEED, PLAIN, list_starts, starts_here
 from rlfeed.replay.kernels.tree import FAN, FOLDED, is_blank, root_of
-from rlfeed.replay.kernels.words import kernel, load_acquire, prefetch, store_f32
+from rlfeed.replay.kernels.words import kernel, load_acquire, load_f64, prefetch, store_f32
 
 
 @njit
@@ -43,37 +43,45 @@ def unfolded(plan: np.ndarray, rule: np.ndarray, words: np.ndarray, begins: np.n
 
 
 @njit
-def step_down(nodes: np.ndarray, child: int, rest: float) -> tuple[int, float]:
-    """Find which of 16 children a mass falls on: a group of four, then one of those, without a branch to mispredict."""
-    begin = child
-    a = (nodes[child] + nodes[child + 1]) + (nodes[child + 2] + nodes[child + 3])
-    b = (nodes[child + 4] + nodes[child + 5]) + (nodes[child + 6] + nodes[child + 7])
-    c = (nodes[child + 8] + nodes[child + 9]) + (nodes[child + 10] + nodes[child + 11])
-    past_a, past_b, past_c = np.int64(rest >= a), np.int64(rest >= a + b), np.int64(rest >= a + b + c)
-    child += 4 * (past_a + past_b + past_c)
-    rest -= np.float64(past_a) * a + np.float64(past_b) * b + np.float64(past_c) * c
-    a, b, c = nodes[child], nodes[child + 1], nodes[child + 2]
-    past_a, past_b, past_c = np.int64(rest >= a), np.int64(rest >= a + b), np.int64(rest >= a + b + c)
-    child += past_a + past_b + past_c
-    rest -= np.float64(past_a) * a + np.float64(past_b) * b + np.float64(past_c) * c
-    while not nodes[child] > 0.0 and child > begin:  # rounding led behind the last one that weighs
+def step_down(address: int, rest: float, steps: np.ndarray) -> tuple[int, float]:
+    """Find which of 16 children a mass falls on: a group of four, then one of those.
+
+    The only branch is one that is hardly ever taken: where a mass falls cannot be predicted. So the sums go through
+    ``steps`` (``[4]``, the first is 0), and children are read by address, which spares the check for negative indices.
+    """
+    steps[1] = (load_f64(address) + load_f64(address + 8)) + (load_f64(address + 16) + load_f64(address + 24))
+    steps[2] = (load_f64(address + 32) + load_f64(address + 40)) + (load_f64(address + 48) + load_f64(address + 56))
+    steps[3] = (load_f64(address + 64) + load_f64(address + 72)) + (load_f64(address + 80) + load_f64(address + 88))
+    steps[2] += steps[1]
+    steps[3] += steps[2]
+    group = np.uint64(rest >= steps[1]) + np.uint64(rest >= steps[2]) + np.uint64(rest >= steps[3])
+    rest -= steps[group]
+    four = address + 32 * np.int64(group)
+    steps[1] = load_f64(four)
+    steps[2] = steps[1] + load_f64(four + 8)
+    steps[3] = steps[2] + load_f64(four + 16)
+    place = np.uint64(rest >= steps[1]) + np.uint64(rest >= steps[2]) + np.uint64(rest >= steps[3])
+    rest -= steps[place]
+    child = 4 * np.int64(group) + np.int64(place)
+    while not load_f64(address + 8 * child) > 0.0 and child > 0:  # rounding led behind the last one that weighs
         child -= 1
-        rest = nodes[child] * (1.0 - 2.0**-53)
-    return child, max(rest, 0.0)
+        rest = load_f64(address + 8 * child) * (1.0 - 2.0**-53)
+    return child, rest if rest > 0.0 else 0.0
 
 
 @njit
 def descend(nodes: np.ndarray, levels: np.ndarray, places: np.ndarray, masses: np.ndarray) -> None:
     """Find the leaf under each mass: all of them level by level, so that their cache misses overlap."""
-    base = nodes.ctypes.data
+    steps = np.zeros(4, np.float64)
     for level in range(len(levels) - 1, 0, -1):
-        below, next_below = levels[level - 1, 0], levels[max(level - 2, 0), 0]
+        here = nodes.ctypes.data + levels[level - 1, 0] * 8
+        below = nodes.ctypes.data + levels[max(level - 2, 0), 0] * 8
         for i in range(len(places)):
-            child, masses[i] = step_down(nodes, below + places[i] * FAN, masses[i])
-            places[i] = child - below
+            child, masses[i] = step_down(here + places[i] * FAN * 8, masses[i], steps)
+            places[i] = places[i] * FAN + child
             if level > 1:
-                prefetch(base + (next_below + places[i] * FAN) * 8)
-                prefetch(base + (next_below + places[i] * FAN) * 8 + 64)
+                prefetch(below + places[i] * FAN * 8)
+                prefetch(below + places[i] * FAN * 8 + 64)
 
 
 @njit

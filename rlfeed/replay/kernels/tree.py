@@ -26,9 +26,10 @@ from rlfeed.replay.kernels.rows import (
     first_row,
     is_stale,
     record_of,
+    slot_by,
 )
 from rlfeed.replay.kernels.starts import ENDED, NEED, WHOLE, starts_here
-from rlfeed.replay.kernels.words import kernel, load_acquire, load_f32, load_u8, prefetch
+from rlfeed.replay.kernels.words import kernel, load_acquire, load_f32, load_f64, load_u8, prefetch
 
 FAN, FAN_BITS = 16, 4
 # Words of a tree beside its nodes: how many starts it holds, then per lane the head it was folded at, twice that plus 1
@@ -43,30 +44,35 @@ def is_blank(mass: float) -> bool:
 
 
 @njit
-def sum_children(nodes: np.ndarray, child: int) -> float:
+def sum_children(address: int) -> float:
     """Sum up 16 neighbours, in four chains: one chain would wait for each addition."""
-    a, b, c, d = nodes[child], nodes[child + 1], nodes[child + 2], nodes[child + 3]
-    for place in range(child + 4, child + FAN, 4):
-        a, b, c, d = a + nodes[place], b + nodes[place + 1], c + nodes[place + 2], d + nodes[place + 3]
+    a, b = load_f64(address), load_f64(address + 8)
+    c, d = load_f64(address + 16), load_f64(address + 24)
+    for place in range(address + 32, address + 8 * FAN, 32):
+        a, b = a + load_f64(place), b + load_f64(place + 8)
+        c, d = c + load_f64(place + 16), d + load_f64(place + 24)
     return (a + b) + (c + d)
 
 
 @njit
-def max_children(nodes: np.ndarray, child: int) -> float:
+def max_children(address: int) -> float:
     """Find the greatest of 16 neighbours."""
-    a, b, c, d = nodes[child], nodes[child + 1], nodes[child + 2], nodes[child + 3]
-    for place in range(child + 4, child + FAN, 4):
-        e, f, g, h = nodes[place], nodes[place + 1], nodes[place + 2], nodes[place + 3]
+    a, b = load_f64(address), load_f64(address + 8)
+    c, d = load_f64(address + 16), load_f64(address + 24)
+    for place in range(address + 32, address + 8 * FAN, 32):
+        e, f, g, h = load_f64(place), load_f64(place + 8), load_f64(place + 16), load_f64(place + 24)
         a, b, c, d = e if e > a else a, f if f > b else b, g if g > c else c, h if h > d else d
-    return max(max(a, b), max(c, d))
+    a, b = b if b > a else a, d if d > c else c
+    return b if b > a else a
 
 
 @njit
-def min_children(nodes: np.ndarray, child: int) -> float:
+def min_children(address: int) -> float:
     """Find the least of 16 neighbours that is above 0."""
     least = np.inf
-    for place in range(child, child + FAN):
-        least = nodes[place] if 0.0 < nodes[place] < least else least
+    for place in range(address, address + 8 * FAN, 8):
+        mass = load_f64(place)
+        least = mass if 0.0 < mass < least else least
     return least
 
 
@@ -85,11 +91,11 @@ def refresh(nodes: np.ndarray, levels: np.ndarray, touched: np.ndarray, count: i
             node = touched[i]
             if node == last:
                 continue
-            last, child = node, below + node * FAN
-            nodes[here + node] = sum_children(nodes, child)
-            nodes[here + node + inner] = max_children(nodes, child + most)
+            last, child = node, nodes.ctypes.data + (below + node * FAN) * 8
+            nodes[here + node] = sum_children(child)
+            nodes[here + node + inner] = max_children(child + most * 8)
             if lows:
-                nodes[here + node + 2 * inner] = min_children(nodes, child + 2 * most)
+                nodes[here + node + 2 * inner] = min_children(child + 2 * most * 8)
             parent = node >> FAN_BITS
             if kept == 0 or touched[kept - 1] != parent:
                 touched[kept] = parent
@@ -262,14 +268,20 @@ def set_priorities(
         alpha: Exponent.
     """
     rows, count = plan[ROWS], 0
-    touched, base = np.empty(len(ids), np.int64), nodes.ctypes.data
-    for i in range(len(ids)):
-        prefetch(base + ((ids[i] >> LANE_SHIFT) * rows + (ids[i] & ROW_MASK) % rows) * 8)
+    touched, leaves, base = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64), nodes.ctypes.data
+    inverse = 1.0 / np.float64(rows)
+    greatest = base + (levels[-1, 0] + levels[-1, 1] - levels[0, 1] + levels[1, 0]) * 8
+    for i in range(len(ids)):  # the leaf, and the greatest masses of the nodes beside the one above it
+        leaf = (ids[i] >> LANE_SHIFT) * rows + slot_by(rows, inverse, ids[i] & ROW_MASK)
+        leaves[i] = leaf
+        prefetch(base + leaf * 8)
+        prefetch(greatest + (leaf >> 2 * FAN_BITS) * FAN * 8)
+        prefetch(greatest + (leaf >> 2 * FAN_BITS) * FAN * 8 + 64)
     for i in range(len(ids)):
         lane, row = ids[i] >> LANE_SHIFT, ids[i] & ROW_MASK
         if ids[i] < 0 or is_stale(plan, lane, row) or row >= words[FOLDED + lane] >> 1:
             continue
-        leaf = lane * rows + row % rows
+        leaf = leaves[i]
         if not is_blank(nodes[leaf]):
             nodes[leaf] = values[i] ** alpha if values[i] > 0.0 else -0.0
             touched[count] = leaf >> FAN_BITS

@@ -209,7 +209,7 @@ def _store(kind: Any) -> Any:
 
 load_u8, load_u32, load_i64 = _load(types.uint8), _load(types.uint32), _load(types.int64)
 load_i32 = _load(types.int32)
-load_f32, load_u64 = _load(types.float32), _load(types.uint64)
+load_f32, load_f64, load_u64 = _load(types.float32), _load(types.float64), _load(types.uint64)
 store_u8, store_u32, store_i64 = _store(types.uint8), _store(types.uint32), _store(types.int64)
 store_f32, store_u64 = _store(types.float32), _store(types.uint64)
 
