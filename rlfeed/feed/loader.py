@@ -1,5 +1,6 @@
 """`make_loader`: a `DataLoader` over a live buffer whose draws are made in the learner, counted, and can be resumed."""
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,11 +63,9 @@ class _Clock(Sampler[int]):
         self._loader = loader
 
     def __iter__(self) -> Iterator[int]:
-        number = self._loader.delivered
-        while True:
+        for number in itertools.count(self._loader.table.delivered):
             self._loader.tick_to(number)
             yield number
-            number += 1
 
 
 class ReplayLoader(DataLoader[Any]):
@@ -90,15 +89,32 @@ class ReplayLoader(DataLoader[Any]):
         timeout_s: float,
         limiter: Limiter | None,
     ) -> None:
-        self._mix, self._table, self._timeout_s = mix, table, timeout_s
+        self.table, self._mix, self._timeout_s = table, mix, timeout_s
         self._gathered = _Gathered(mix, table, transform)
-        self.delivered = 0  # batches
-        self.batches_ahead = 0  # taken by a `DeviceFeed`, not handed to the consumer yet
         workers: dict[str, Any] = {}
         if num_workers:
             workers = {"timeout": timeout_s, "prefetch_factor": max(1, table.lookahead // num_workers)}
         super().__init__(self._gathered, batch_size=None, sampler=_Clock(self), num_workers=num_workers, **workers)
         self.set_limiter(limiter)
+        self._gather_ahead()
+
+    def _gather_ahead(self) -> None:
+        """Gather what a table that was loaded has drawn already, where no worker will."""
+        ahead = range(self.table.delivered, self.table.drawn) if self.num_workers == 0 else ()
+        self._gathered.ahead = {number: self._gathered.gather(number) for number in ahead}
+
+    @property
+    def batches_ahead(self) -> int:
+        """Tell how many batches a `DeviceFeed` has taken and not handed to the consumer yet.
+
+        Returns:
+            Batches.
+        """
+        return self.table.taken_ahead
+
+    @batches_ahead.setter
+    def batches_ahead(self, batches: int) -> None:
+        self.table.taken_ahead = batches
 
     def tick_to(self, number: int) -> None:
         """Make every draw up to the one ``lookahead`` after a batch.
@@ -110,19 +126,19 @@ class ReplayLoader(DataLoader[Any]):
             NotEnoughDataError: If there is nothing to draw and nobody else who writes.
             FeedTimeoutError: If writers do not come in time.
         """
-        last = max(number, self.delivered + self._table.lookahead)
-        while self._table.drawn <= last:
-            drawn = self._mix.tick(self._table, self._timeout_s)
+        last = max(number, self.table.delivered + self.table.lookahead)
+        while self.table.drawn <= last:
+            drawn = self._mix.tick(self.table, self._timeout_s)
             if self.num_workers == 0:
                 self._gathered.ahead[drawn] = self._gathered.gather(drawn)
 
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
         batches = super().__iter__()
         while True:
-            self._mix.wait_to_take(self._table.batch_size, self._timeout_s)
+            self._mix.wait_to_take(self.table.batch_size, self._timeout_s)
             batch = next(batches)
-            self._mix.take(self.delivered * self._table.batch_size, self._table.batch_size)
-            self.delivered += 1
+            self._mix.take(self.table.delivered * self.table.batch_size, self.table.batch_size)
+            self.table.delivered += 1
             yield batch
 
     def set_limiter(self, limiter: Limiter | None) -> None:
@@ -159,20 +175,19 @@ class ReplayLoader(DataLoader[Any]):
         Returns:
             The counters so far.
         """
-        size, delivered = self._table.batch_size, self.delivered - self.batches_ahead
-        return LoaderStats(
-            drawn=self._table.drawn * size,
-            delivered=delivered * size,
-            in_flight=(self._table.drawn - delivered) * size,
-        )
+        size, delivered = self.table.batch_size, self.table.delivered - self.table.taken_ahead
+        drawn = self.table.drawn * size
+        return LoaderStats(drawn=drawn, delivered=delivered * size, in_flight=drawn - delivered * size)
 
     def state_dict(self) -> dict[str, Any]:
         """Give the number of the next batch to deliver, and the draws that were made ahead.
 
+        `ReplayBuffer.save` saves it with the buffer: a loader made alike over the loaded one goes on by itself.
+
         Returns:
-            The state; with the buffer's own, the very next batches are the same.
+            The state.
         """
-        return self._table.state_dict(self.delivered - self.batches_ahead)
+        return self.table.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from another batch, with the next iterator.
@@ -180,11 +195,8 @@ class ReplayLoader(DataLoader[Any]):
         Args:
             state: From `state_dict`.
         """
-        self._table.load_state_dict(state)
-        self.delivered, self.batches_ahead = int(state["batch"]), 0
-        self._gathered.ahead.clear()
-        if self.num_workers == 0:
-            self._gathered.ahead = {n: self._gathered.gather(n) for n in range(self.delivered, self._table.drawn)}
+        self.table.load_state_dict(state)
+        self._gather_ahead()
 
     def close(self) -> None:
         """Let the workers go, and the writers that wait for this loader."""
@@ -244,4 +256,5 @@ def make_loader(
     mix = Mix([(buffer, 1.0)] if isinstance(buffer, ReplayBuffer) else list(buffer), unit, with_workers=num_workers > 0)
     key = stream_key(seed, "loader", rank=rank)
     table = DrawTable(mix, key, batch_size, lookahead, shared=num_workers > 0)
+    mix.buffers[0].keep(f"draws of {unit}, {batch_size} a batch, {lookahead} ahead, seed {seed}, rank {rank}", table)
     return ReplayLoader(mix, table, num_workers, transform, timeout_s, limiter)

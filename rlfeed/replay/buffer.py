@@ -111,7 +111,7 @@ class ReplayBuffer:
         self._drawn = 0
         self._bind(copy=0)
         if self._priorities is not None:
-            self._keep("priorities", self._priorities)
+            self.keep("priorities", self._priorities)
 
     def _bind(self, copy: int) -> None:
         self._writer = writer_for(self._storage, range(self.num_envs))
@@ -440,13 +440,18 @@ class ReplayBuffer:
             buffer._drawn, buffer._unclaimed, buffer._saved = state["drawn"], parts, saved
             buffer.gate.open()
             for name, part in list(buffer._parts.items()):
-                buffer._keep(name, part)
+                buffer.keep(name, part)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{directory}: is not the state of a buffer, {error!r}.") from error
         return buffer
 
-    def _keep(self, name: str, part: Stateful) -> None:
-        """Save a part's state with the buffer from now on; in a loaded buffer it takes back what was saved."""
+    def keep(self, name: str, part: Stateful) -> None:
+        """Save a part's state with the buffer from now on; in a loaded buffer it takes back what was saved.
+
+        Args:
+            name: Its name; a part of the same name is replaced.
+            part: What has the state.
+        """
         if name in self._unclaimed:
             part.load_state_dict(self._unclaimed.pop(name))
         self._parts[name] = part

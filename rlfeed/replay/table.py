@@ -61,6 +61,8 @@ class DrawTable:
     def __init__(self, source: Source, key: int, batch_size: int, lookahead: int, *, shared: bool) -> None:
         self._source, self.key, self.batch_size, self.lookahead = source, key, batch_size, lookahead
         self.drawn = 0  # batches: the number of the next one to draw
+        self.delivered = 0  # batches handed out
+        self.taken_ahead = 0  # and how many of those a `DeviceFeed` still holds
         self._memory = Memory("shared" if shared else "private", (lookahead + KEPT) * 3 * batch_size * 8)
         self._bind()
 
@@ -103,15 +105,13 @@ class DrawTable:
         ids, limits, weights = self._entries[batch % (self.lookahead + KEPT)]
         return Draws(self.key, batch * self.batch_size, ids, limits, weights.view(np.float64))
 
-    def state_dict(self, delivered: int) -> dict[str, Any]:
-        """Give what has been drawn and not been delivered.
-
-        Args:
-            delivered: Batches delivered.
+    def state_dict(self) -> dict[str, Any]:
+        """Give what has been drawn and has not reached the consumer.
 
         Returns:
             The next batch to deliver, and the draws from there on.
         """
+        delivered = self.delivered - self.taken_ahead
         entries = [self._entries[batch % (self.lookahead + KEPT)] for batch in range(delivered, self.drawn)]
         shape = (0, 3, self.batch_size)
         return {"batch": delivered, "entries": np.stack(entries) if entries else np.empty(shape, np.int64)}
@@ -125,4 +125,4 @@ class DrawTable:
         begin, entries = int(state["batch"]), state["entries"]
         for batch, entry in enumerate(entries, begin):
             self._entries[batch % (self.lookahead + KEPT)] = entry
-        self.drawn = begin + len(entries)
+        self.drawn, self.delivered, self.taken_ahead = begin + len(entries), begin, 0

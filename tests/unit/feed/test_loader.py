@@ -85,6 +85,19 @@ def test_resume_goes_on_with_the_very_next_batch_also_those_drawn_ahead(tmp_path
     assert train(restored, other, 45, 60) == expected
 
 
+def test_draws_are_saved_with_the_buffer_and_a_loader_made_alike_goes_on(tmp_path):
+    buffer = buffer_of(sampler=Prioritized())
+    fill(buffer, 0, 60)
+    loader = make_loader(buffer, Transition(), batch_size=6, seed=5)
+    train(buffer, loader, 30, 45)
+    buffer.save(tmp_path / "saved")
+    expected = train(buffer, loader, 45, 60)
+    restored = ReplayBuffer.load(tmp_path / "saved")
+    assert train(restored, make_loader(restored, Transition(), batch_size=6, seed=5), 45, 60) == expected
+    other = make_loader(restored, Transition(), batch_size=6, seed=6)  # another stream begins at its beginning
+    assert other.stats().drawn == 0
+
+
 def test_the_three_levels_give_the_same_batches_on_a_buffer_at_rest():
     buffer = buffer_of()
     fill(buffer, 0, 100)

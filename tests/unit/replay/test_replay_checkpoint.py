@@ -299,12 +299,12 @@ class Counter:
 def test_load_parts_take_back_what_was_saved_whenever_they_come(tmp_path):
     driver = Driver()
     driver.go_on(5)
-    driver.buffer._keep("tree", Counter(np.arange(3)))
+    driver.buffer.keep("tree", Counter(np.arange(3)))
     driver.buffer._storage.words(3, 5)[:] = 7, 2**62
     driver.buffer.save(tmp_path / "0")
     ReplayBuffer.load(tmp_path / "0").save(tmp_path / "1")  # nobody asked for the tree here
     loaded, tree = ReplayBuffer.load(tmp_path / "1"), Counter(None)
-    loaded._keep("tree", tree)
+    loaded.keep("tree", tree)
     assert tree.value.tolist() == [0, 1, 2]
     assert loaded._storage.words(3, 5).tolist() == [7, 2**62]
 
