@@ -46,6 +46,12 @@ class Mix:
                 "make_loader: a buffer has storage='private' and num_workers is above 0; expected storage that workers "
                 "see grow. Use storage='shared', or num_workers=0."
             )
+        kinds = {buffer.storage_kind for buffer in self.buffers}
+        if "cuda" in kinds and (with_workers or len(self.buffers) > 1):
+            raise UnsupportedError(
+                "make_loader: a buffer has storage='cuda'; expected no workers and no other buffer beside it. Use "
+                "storage='shared', and DeviceFeed."
+            )
         if any(buffer.columns != self.buffers[0].columns for buffer in self.buffers):
             raise ConfigError("make_loader: the buffers store different fields; expected the same spaces and extras.")
         self._samplers = [buffer.unit_sampler(unit) for buffer in self.buffers]
