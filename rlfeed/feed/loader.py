@@ -49,23 +49,36 @@ class _Gathered(Dataset[Batch]):
     def gather(self, number: int) -> Batch:
         # A block born in shared memory travels to the learner without another copy.
         allocate = allocate_private if os.getpid() == self._learner else allocate_shared
-        batch = self._mix.gather(self._table.entry(number), allocate)
-        return batch if self._transform is None else self._transform(batch)
+        return self._mix.gather(self._table.entry(number), allocate)
 
     def __getitem__(self, number: int) -> Batch:
-        return self.ahead.pop(number) if number in self.ahead else self.gather(number)
+        batch = self.ahead[number] if number in self.ahead else self.gather(number)
+        batch = batch if self._transform is None else self._transform(batch)
+        self.ahead.pop(number, None)
+        return batch
 
 
-class _Clock(Sampler[int]):
-    """Name the batches in turn; before each, make the draws of the one ``lookahead`` later."""
+class _Numbers(Sampler[int]):
+    """Name the batches in turn, from the next one to deliver."""
 
-    def __init__(self, loader: "ReplayLoader") -> None:
-        self._loader = loader
+    def __init__(self, table: DrawTable) -> None:
+        self._table = table
 
     def __iter__(self) -> Iterator[int]:
-        for number in itertools.count(self._loader.table.delivered):
-            self._loader.tick_to(number)
-            yield number
+        return itertools.count(self._table.delivered)
+
+
+class _Batches:
+    """Iterate over a loader: not a generator, which an error would end for good."""
+
+    def __init__(self, loader: "ReplayLoader", turn: int) -> None:
+        self._loader, self._turn = loader, turn
+
+    def __iter__(self) -> "_Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        return self._loader.deliver(self._turn)
 
 
 class ReplayLoader(DataLoader[Any]):
@@ -93,9 +106,13 @@ class ReplayLoader(DataLoader[Any]):
         self._gathered = _Gathered(mix, table, transform)
         workers: dict[str, Any] = {}
         if num_workers:
+            # torch asks for so many batches ahead; all of them are drawn by then.
             workers = {"timeout": timeout_s, "prefetch_factor": max(1, table.lookahead // num_workers)}
-        super().__init__(self._gathered, batch_size=None, sampler=_Clock(self), num_workers=num_workers, **workers)
-        self.set_limiter(limiter)
+        self._turn, self._limits = 0, False
+        self._batches: Iterator[Batch] | None = None
+        super().__init__(self._gathered, batch_size=None, sampler=_Numbers(table), num_workers=num_workers, **workers)
+        if limiter is not None:
+            self.set_limiter(limiter)
         self._gather_ahead()
 
     def _gather_ahead(self) -> None:
@@ -116,30 +133,45 @@ class ReplayLoader(DataLoader[Any]):
     def batches_ahead(self, batches: int) -> None:
         self.table.taken_ahead = batches
 
-    def tick_to(self, number: int) -> None:
-        """Make every draw up to the one ``lookahead`` after a batch.
-
-        Args:
-            number: The batch that is about to be gathered.
-
-        Raises:
-            NotEnoughDataError: If there is nothing to draw and nobody else who writes.
-            FeedTimeoutError: If writers do not come in time.
-        """
-        last = max(number, self.table.delivered + self.table.lookahead)
-        while self.table.drawn <= last:
+    def _tick(self) -> None:
+        """Make every draw up to the one ``lookahead`` after the batch that is about to be delivered."""
+        while self.table.drawn <= self.table.delivered + self.table.lookahead:
             drawn = self._mix.tick(self.table, self._timeout_s)
             if self.num_workers == 0:
                 self._gathered.ahead[drawn] = self._gathered.gather(drawn)
 
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        batches = super().__iter__()
-        while True:
-            self._mix.wait_to_take(self.table.batch_size, self._timeout_s)
-            batch = next(batches)
-            self._mix.take(self.table.delivered * self.table.batch_size, self.table.batch_size)
-            self.table.delivered += 1
-            yield batch
+        """Begin another iterator where the one before stopped; that one ends."""
+        self._turn, self._batches = self._turn + 1, None
+        return _Batches(self, self._turn)
+
+    def deliver(self, turn: int) -> Batch:
+        """Hand out the next batch; after an error the same one may be asked for again.
+
+        Args:
+            turn: Which iterator asks.
+
+        Returns:
+            The batch.
+
+        Raises:
+            ConfigError: If another iterator has begun since, or the loader was closed or loaded.
+            NotEnoughDataError: If there is nothing to draw, or the limiter waits, and nobody else writes.
+            FeedTimeoutError: If writers do not come in time.
+        """
+        if turn != self._turn:
+            raise ConfigError(
+                "ReplayLoader: this iterator has ended: another one began, or the loader was closed or took a state; "
+                "expected one at a time. Call iter(loader) again."
+            )
+        self._tick()
+        self._mix.wait_to_take(self.table.batch_size, self._timeout_s)
+        if self._batches is None:
+            self._batches = super().__iter__()
+        batch = next(self._batches)
+        self._mix.take(self.table.delivered * self.table.batch_size, self.table.batch_size)
+        self.table.delivered += 1
+        return batch
 
     def set_limiter(self, limiter: Limiter | None) -> None:
         """Bound the samples delivered per inserted step, from now on.
@@ -148,6 +180,7 @@ class ReplayLoader(DataLoader[Any]):
             limiter: The bound; None lets everybody pass.
         """
         self._mix.limit(limiter, self._timeout_s)
+        self._limits = limiter is not None
 
     def update_priorities(self, batch: Batch, values: Tensor | np.ndarray) -> int:
         """Give the samples of a batch new priorities, from the next draws on.
@@ -196,12 +229,14 @@ class ReplayLoader(DataLoader[Any]):
             state: From `state_dict`.
         """
         self.table.load_state_dict(state)
+        self._turn, self._batches = self._turn + 1, None
         self._gather_ahead()
 
     def close(self) -> None:
-        """Let the workers go, and the writers that wait for this loader."""
-        self._iterator = None
-        self._mix.limit(None, self._timeout_s)
+        """Let the workers go, and the writers that a limiter of this loader holds back."""
+        self._turn, self._batches = self._turn + 1, None
+        if self._limits:
+            self.set_limiter(None)
 
 
 def make_loader(
@@ -242,13 +277,13 @@ def make_loader(
     """
     least = {"batch_size": (batch_size, 1), "lookahead": (lookahead, 0), "seed": (seed, 0), "rank": (rank, 0)}
     wrong = [f"{name} is {value}; expected at least {low}" for name, (value, low) in least.items() if value < low]
-    if isinstance(num_workers, int) and not 0 <= num_workers <= lookahead:
+    if isinstance(num_workers, int | np.integer) and not 0 <= num_workers <= lookahead:
         wrong.append(f"num_workers is {num_workers}; expected 0 .. lookahead, which is {lookahead}")
     if timeout_s <= 0:
         wrong.append(f"timeout_s is {timeout_s}; expected more than 0")
     if wrong:
         raise ConfigError(f"make_loader: {'; '.join(wrong)}.")
-    if not isinstance(num_workers, int) or on_worker_death != "raise":
+    if not isinstance(num_workers, int | np.integer) or on_worker_death != "raise":
         raise UnsupportedError(
             f"make_loader: num_workers is {num_workers!r} and on_worker_death {on_worker_death!r}; expected an int and "
             "'raise' in this version."
@@ -257,4 +292,4 @@ def make_loader(
     key = stream_key(seed, "loader", rank=rank)
     table = DrawTable(mix, key, batch_size, lookahead, shared=num_workers > 0)
     mix.buffers[0].keep(f"draws of {unit}, {batch_size} a batch, {lookahead} ahead, seed {seed}, rank {rank}", table)
-    return ReplayLoader(mix, table, num_workers, transform, timeout_s, limiter)
+    return ReplayLoader(mix, table, int(num_workers), transform, timeout_s, limiter)

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,15 @@ class Mix:
             )
         if any(buffer.columns != self.buffers[0].columns for buffer in self.buffers):
             raise ConfigError("make_loader: the buffers store different fields; expected the same spaces and extras.")
+        self._unit = unit
         self._samplers = [buffer.unit_sampler(unit) for buffer in self.buffers]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"buffers": self.buffers, "_fractions": self._fractions, "_unit": self._unit}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._samplers = [buffer.unit_sampler(self._unit) for buffer in self.buffers]
 
     @property
     def eta(self) -> float:

@@ -110,8 +110,6 @@ class ReplayBuffer:
             self._priorities = Priorities(self._storage, prioritized.alpha, lows=lows)
         self._drawn = 0
         self._bind(copy=0)
-        if self._priorities is not None:
-            self.keep("priorities", self._priorities)
 
     def _bind(self, copy: int) -> None:
         self._writer = writer_for(self._storage, range(self.num_envs))
@@ -122,6 +120,8 @@ class ReplayBuffer:
         self._last: Draws | None = None  # drawn last, for its age
         self.gate, self._counters = Gate(self._storage), self._storage.words(0, DRAWERS)
         self._key, self._pid = stream_key(self.seed, "sample", turn=copy), os.getpid()
+        if self._priorities is not None:
+            self.keep("priorities", self._priorities)
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("num_envs", "seed", "sampler", "_storage", "_priorities")

@@ -68,6 +68,7 @@ class Drawer(ABC):
     """Fill draws with starts of a unit: a pure function of their numbers and of what is stored now."""
 
     weights: Literal["ones", "batch", "buffer"] = "ones"  # whose greatest importance weight becomes 1
+    tree: Tree | None = None  # of priorities, where some are kept
 
     @abstractmethod
     def draw(self, draws: Draws, attempt: int = 0, *, tick: bool = True) -> bool:
@@ -147,11 +148,12 @@ class PrioritizedDrawer(Drawer):
 
     def __init__(self, storage: Storage, tree: Tree, scale: Literal["batch", "buffer"]) -> None:
         self._plan, self._beta, self._rule = storage.plan, beta_of(storage), tree.rule
-        self.tree, self.weights = tree, scale
+        self.tree = self._tree = tree
+        self.weights = scale
 
     def draw(self, draws: Draws, attempt: int = 0, *, tick: bool = True) -> bool:
         """Make the draws; see `Drawer.draw`."""
-        tree, masses = self.tree, draws.weights
+        tree, masses = self._tree, draws.weights
         if tick:
             tree.fold()
         drawn = k.draw_masses(
@@ -178,8 +180,8 @@ class MixtureDrawer(Drawer):
     def __init__(self, storage: Storage, parts: list[Drawer], fractions: list[float]) -> None:
         self._parts, self._fractions, self._beta = parts, fractions, beta_of(storage)
         trees = [part.tree for part in parts if isinstance(part, PrioritizedDrawer)]
-        self._tree = trees[0] if trees else None
-        self.weights = "ones" if self._tree is None else "batch"
+        self.tree = trees[0] if trees else None
+        self.weights = "ones" if self.tree is None else "batch"
 
     def draw(self, draws: Draws, attempt: int = 0, *, tick: bool = True) -> bool:
         """Make the draws; see `Drawer.draw`."""
@@ -190,7 +192,7 @@ class MixtureDrawer(Drawer):
             if len(made) and not part.draw(made, attempt, tick=tick):
                 return False
             draws.ids[mine], draws.limits[mine] = made.ids, made.limits
-        draws.weights[:] = 1.0 if self._tree is None else self._chances(draws, self._tree) ** -self._beta[0]
+        draws.weights[:] = 1.0 if self.tree is None else self._chances(draws, self.tree) ** -self._beta[0]
         return True
 
     def _chances(self, draws: Draws, tree: Tree) -> np.ndarray:

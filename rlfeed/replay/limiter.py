@@ -3,8 +3,8 @@
     taken samples <= samples_per_insert * (inserted - offset) + tolerance      or the learner waits
     samples_per_insert * (inserted - offset) <= taken samples + tolerance      or writers in other processes wait
 
-The offset is the minimum size, or what was inserted while the limiter was bypassed, whichever is more. Nobody waits for
-itself: a learner that is the only writer is told how many steps to collect, and steps that it adds itself pass freely.
+The offset counts the steps that earn nothing: up to the minimum size, and those inserted while it was bypassed. Nobody
+waits for itself: a learner that is the only writer is told how many steps to collect, and its own steps pass freely.
 """
 
 import math
@@ -21,8 +21,8 @@ from rlfeed.replay.storage import Storage
 
 _POLL_S = 0.0005
 _TAKEN, _TAKERS = 64, 64  # shared words: samples taken, one word per process that takes
-_ACTIVE, _MIN_SIZE, _BYPASSED, _OPEN, _PID = range(128, 133)
-_SAMPLES_PER_INSERT, _TOLERANCE, _TIMEOUT_S = range(133, 136)  # float64
+_ACTIVE, _MIN_SIZE, _PREFILLED, _BYPASSED, _OPEN, _PID = range(128, 134)
+_SAMPLES_PER_INSERT, _TOLERANCE, _TIMEOUT_S = range(134, 137)  # float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,18 @@ class Gate:
             yield
         finally:
             self._words[_OPEN] -= 1
-            self._words[_BYPASSED] += self.inserted - before
+            if not self._words[_OPEN]:
+                self._leave_out(before, self.inserted)
+
+    def _leave_out(self, begin: int, end: int) -> None:
+        if begin <= self._words[_PREFILLED]:
+            self._words[_PREFILLED] = max(end, self._words[_PREFILLED])
+        else:
+            self._words[_BYPASSED] += max(0, end - max(begin, self._words[_MIN_SIZE]))
+
+    @property
+    def _offset(self) -> int:
+        return int(max(self._words[_MIN_SIZE], self._words[_PREFILLED]) + self._words[_BYPASSED])
 
     @property
     def inserted(self) -> int:
@@ -132,7 +143,7 @@ class Gate:
         """
         if not self.active[0]:
             return 0
-        inserted, offset = self.inserted, max(self._words[_MIN_SIZE], self._words[_BYPASSED])
+        inserted, offset = self.inserted, self._offset
         if inserted < self._words[_MIN_SIZE]:
             return int(self._words[_MIN_SIZE] - inserted)
         # A tolerance below one batch would never let a batch through.
@@ -186,6 +197,5 @@ class Gate:
             time.sleep(_POLL_S)
 
     def _surplus(self) -> float:
-        offset = max(self._words[_MIN_SIZE], self._words[_BYPASSED])
-        earned = float(self._floats[_SAMPLES_PER_INSERT]) * (self.inserted - offset)
+        earned = float(self._floats[_SAMPLES_PER_INSERT]) * (self.inserted - self._offset)
         return earned - self.taken - float(self._floats[_TOLERANCE])

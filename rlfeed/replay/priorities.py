@@ -17,6 +17,7 @@ from rlfeed.errors import FieldError
 from rlfeed.replay import kernels as k
 from rlfeed.replay.memory import Memory
 from rlfeed.replay.storage import Storage
+from rlfeed.replay.units import Transition, rule_of
 
 _FAN = 16
 _DIRTY, _BOUND, _RULE = 0, 1, 2  # words of a tree's memory, before those that the kernels know
@@ -174,7 +175,6 @@ class Priorities:
     def __init__(self, storage: Storage, alpha: float, *, lows: bool) -> None:
         self._storage, self._alpha, self._lows = storage, alpha, lows
         self._trees = [self._grow()]
-        self._early: list[tuple[np.ndarray, np.ndarray]] = []  # given before a unit said what a start is
 
     def _grow(self) -> Tree:
         return Tree(self._storage, self._alpha, lows=self._lows)
@@ -195,14 +195,12 @@ class Priorities:
             tree = self._grow()
             tree.claim(rule)
             tree.fold()
+            self._trees[0].fold()  # what was overwritten since has no priority any more
             known = self._trees[0].nodes[: tree.levels[0, 1]]
             leaves = tree.nodes[: tree.levels[0, 1]]
             leaves[:] = np.where(_is_start(leaves) & _is_start(known), known, leaves)
             k.rebuild(tree.nodes, tree.levels)
             self._trees.append(tree)
-        for ids, values in self._early:
-            tree.set(ids, values)
-        self._early.clear()
         return tree
 
     def update(self, ids: np.ndarray, values: np.ndarray) -> tuple[int, int]:
@@ -229,11 +227,10 @@ class Priorities:
                 else f"update_priorities: values[{row}] is {values[row]}; expected finite numbers >= 0. Nothing was "
                 "changed."
             )
-        if self._trees[0].rule is None:
-            self._early.append((ids.copy(), values.copy()))
-        else:
-            for tree in self._trees:
-                tree.set(ids, values)
+        if self._trees[0].rule is None:  # no unit has said what a start is: every step may be one
+            self._trees[0].claim(rule_of(Transition(), self._storage))
+        for tree in self._trees:
+            tree.set(ids, values)
         return live, len(ids) - live
 
     def state_dict(self) -> dict[str, Any]:
@@ -242,8 +239,7 @@ class Priorities:
         Returns:
             Arrays.
         """
-        early = [{"ids": ids, "values": values} for ids, values in self._early]
-        return {"trees": [tree.state_dict() for tree in self._trees], "early": early}
+        return {"trees": [tree.state_dict() for tree in self._trees]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the trees back.
@@ -255,7 +251,6 @@ class Priorities:
             self._trees.append(self._grow())
         for tree, saved in zip(self._trees, state["trees"], strict=True):
             tree.load_state_dict(saved)
-        self._early = [(early["ids"], early["values"]) for early in state["early"]]
 
 
 def _padded(count: int) -> int:
@@ -269,7 +264,7 @@ def _is_start(leaves: np.ndarray) -> np.ndarray:
 def _checked(ids: Any, values: Any) -> tuple[np.ndarray, np.ndarray]:
     ids, values = (a.detach().cpu().numpy() if isinstance(a, torch.Tensor) else np.asarray(a) for a in (ids, values))
     wrong = []
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+    if ids.ndim != 1 or (ids.dtype.kind not in "iu" and len(ids)):
         wrong.append(f"ids has shape {ids.shape} and dtype {ids.dtype}; expected (B,) and int64")
     if values.shape != ids.shape:
         wrong.append(

@@ -82,7 +82,9 @@ class Recent:
 class Mixture:
     """Draw each sample with one of several samplers, in exact proportion.
 
-    Where one of them is `Prioritized`, importance weights are those of the whole mixture.
+    Where one of them is `Prioritized`, importance weights are ``(N P)^-beta`` with P of the whole mixture. The share of
+    `Recent` in P counts every row, also those that may start nothing; with burn-in, N counts starts until they are
+    overwritten themselves.
 
     Args:
         samplers: Fractions by sampler; they sum to 1.
@@ -98,6 +100,8 @@ class Mixture:
         wrong = [f"has a {type(sampler).__name__}" for sampler in self.samplers if not isinstance(sampler, kinds)]
         if sum(isinstance(sampler, Prioritized) for sampler in self.samplers) > 1:
             wrong.append("has two Prioritized, but a buffer keeps one set of priorities")
+        if any(isinstance(sampler, Prioritized) and sampler.scale == "buffer" for sampler in self.samplers):
+            wrong.append("has Prioritized(scale='buffer'), which only a sampler of its own can be scaled to")
         if not self.samplers:
             wrong.append("is empty")
         elif finding := check_fractions(list(self.samplers.values())):
@@ -219,12 +223,12 @@ def check_fractions(fractions: Sequence[float]) -> str:
     """Check that fractions share something out.
 
     Args:
-        fractions: Above 0, and 1 in sum.
+        fractions: A millionth or more each, and 1 in sum.
 
     Returns:
         What is wrong, or nothing.
     """
-    if not all(0.0 < fraction <= 1.0 for fraction in fractions) or abs(sum(fractions) - 1.0) > 1e-6:
+    if not all(1e-6 <= fraction <= 1.0 for fraction in fractions) or abs(sum(fractions) - 1.0) > 1e-6:
         return f"the fractions are {list(fractions)}, {sum(fractions)} in sum"
     return ""
 
@@ -282,4 +286,6 @@ def sequence_priorities(
             f"update_priorities: values has shape {values.shape}; expected {mask.shape}, one per step, or (B,)."
         )
     kept = np.where(mask, values, 0.0)
+    if not (np.isfinite(kept) & (kept >= 0.0)).all():
+        raise FieldError("update_priorities: values has numbers that are not finite or below 0; expected none.")
     return eta * kept.max(axis=1, initial=0.0) + (1.0 - eta) * kept.sum(axis=1) / np.maximum(mask.sum(axis=1), 1)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rlfeed.errors import CheckpointError
 from rlfeed.replay.draws import Draws
 from rlfeed.replay.memory import Memory
 from rlfeed.replay.readers import Allocate
@@ -114,15 +115,26 @@ class DrawTable:
         delivered = self.delivered - self.taken_ahead
         entries = [self._entries[batch % (self.lookahead + KEPT)] for batch in range(delivered, self.drawn)]
         shape = (0, 3, self.batch_size)
-        return {"batch": delivered, "entries": np.stack(entries) if entries else np.empty(shape, np.int64)}
+        made = {"key": self.key, "batch_size": self.batch_size, "batch": delivered}
+        return made | {"entries": np.stack(entries) if entries else np.empty(shape, np.int64)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take draws back.
 
         Args:
             state: What `state_dict` gave.
+
+        Raises:
+            CheckpointError: If it is of other draws: another seed, rank or batch size, or drawn further ahead.
         """
         begin, entries = int(state["batch"]), state["entries"]
+        wrong = [name for name in ("key", "batch_size") if state[name] != getattr(self, name)]
+        wrong += ["lookahead"] if len(entries) > self.lookahead + KEPT else []
+        if wrong:
+            raise CheckpointError(
+                f"loader: the state has another {' and '.join(wrong)} than this loader; expected the same seed, rank, "
+                "batch_size and lookahead. Make the loader as the saved one was."
+            )
         for batch, entry in enumerate(entries, begin):
             self._entries[batch % (self.lookahead + KEPT)] = entry
         self.drawn, self.delivered, self.taken_ahead = begin + len(entries), begin, 0

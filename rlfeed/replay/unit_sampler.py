@@ -109,6 +109,9 @@ class UnitSampler:
         steps = k.count_steps(self._storage.plan, counts)
         full = counts[1] == lanes * rows
         remedy = f"Its {lanes} lanes of {rows} rows are full: raise capacity." if full else "Collect more steps first."
+        tree = self.drawer.tree
+        if tree is not None and int(tree.words[0]) > 0 and tree.total() == 0.0:
+            remedy = "Those that could all have priority 0: give some of them more."
         return NotEnoughDataError(
             f"ReplayBuffer: holds {steps} steps and {counts[0]} whole episodes, none of which can start "
             f"{self.unit}; expected {need_of(self.unit)}. {remedy}"

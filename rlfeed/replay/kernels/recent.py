@@ -33,9 +33,11 @@ def list_episodes(plan: np.ndarray, heads: np.ndarray) -> np.ndarray:
 @njit
 def sum_recent(starts: np.ndarray, heads: np.ndarray, slope: float) -> np.ndarray:
     """Sum up the weights of starts by their age."""
-    sums, total = np.empty(len(starts), np.float64), 0.0
+    sums, total, youngest = np.empty(len(starts), np.float64), 0.0, np.int64(1) << 62
+    for i in range(len(starts)):  # ages count from the youngest start, or all weights could vanish
+        youngest = min(youngest, heads[starts[i] >> LANE_SHIFT] - (starts[i] & ROW_MASK))
     for i in range(len(starts)):
-        total += math.exp(slope * (heads[starts[i] >> LANE_SHIFT] - 2 - (starts[i] & ROW_MASK)))
+        total += math.exp(slope * (heads[starts[i] >> LANE_SHIFT] - (starts[i] & ROW_MASK) - youngest))
         sums[i] = total
     return sums
 

@@ -32,6 +32,7 @@ from rlfeed.replay.kernels.starts import ENDED, NEED, WHOLE, starts_here
 from rlfeed.replay.kernels.words import kernel, load_acquire, load_f32, load_f64, load_u8, prefetch
 
 FAN, FAN_BITS = 16, 4
+LEAST_MASS, MOST_MASS = 1e-150, 1e150
 # Words of a tree beside its nodes: how many starts it holds, then per lane the head it was folded at, twice that plus 1
 # where the row before was a closing one.
 STARTS, FOLDED = 0, 1
@@ -41,6 +42,14 @@ STARTS, FOLDED = 0, 1
 def is_blank(mass: float) -> bool:
     """Tell whether a leaf is +0.0: no start, or one that has not been folded in yet."""
     return mass == 0.0 and math.copysign(1.0, mass) > 0.0
+
+
+@njit
+def mass_of(priority: float, alpha: float) -> float:
+    """Give the mass of a priority: -0.0 for none, else within what sums and weights can bear."""
+    if not priority > 0.0:
+        return -0.0
+    return min(max(priority**alpha, LEAST_MASS), MOST_MASS)
 
 
 @njit
@@ -186,10 +195,9 @@ def fold(
         for row in range(begins[lane], min(ends[lane], head)):
             leaf = lane * rows + row % rows
             if is_blank(nodes[leaf]) and starts_here(plan, rule, lane, row, head):
-                mass = newest
+                nodes[leaf] = newest
                 if plan[PRIORITY] >= 0:
-                    mass = np.float64(load_f32(record_of(plan, lane, row) + plan[PRIORITY])) ** alpha
-                nodes[leaf] = mass if mass > 0.0 else -0.0
+                    nodes[leaf] = mass_of(np.float64(load_f32(record_of(plan, lane, row) + plan[PRIORITY])), alpha)
                 words[STARTS] += 1
                 added += 1
                 if count == 0 or touched[count - 1] != leaf >> FAN_BITS:
@@ -283,7 +291,7 @@ def set_priorities(
             continue
         leaf = leaves[i]
         if not is_blank(nodes[leaf]):
-            nodes[leaf] = values[i] ** alpha if values[i] > 0.0 else -0.0
+            nodes[leaf] = mass_of(values[i], alpha)
             touched[count] = leaf >> FAN_BITS
             count += 1
     touched = np.sort(touched[:count])

@@ -67,6 +67,79 @@ def test_batches_do_not_depend_on_the_number_of_workers_on_a_growing_buffer(samp
     assert seen[0] == seen[1] == seen[2]
 
 
+@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
+def test_batches_do_not_depend_on_how_workers_are_started(context):
+    def batches(workers):
+        buffer, online = buffer_of(sampler=Prioritized()), buffer_of()
+        fill(buffer, 0, 60)
+        fill(online, 0, 80)
+        loader = make_loader([(buffer, 0.5), (online, 0.5)], Sequence(3), batch_size=6, num_workers=workers, seed=5)
+        loader.multiprocessing_context = context if workers else None
+        seen = train(buffer, loader, 30, 36)
+        loader.close()
+        return seen
+
+    assert batches(1) == batches(0)
+
+
+def test_iterator_goes_on_after_an_error_and_ends_when_another_begins():
+    buffer = buffer_of()
+    calls = []
+
+    def fragile(batch):
+        calls.append(len(calls))
+        if len(calls) == 3:
+            raise ValueError("once")
+        return batch
+
+    loader = make_loader(buffer, Transition(), batch_size=4, transform=fragile)
+    batches = iter(loader)
+    with pytest.raises(errors.NotEnoughDataError):
+        next(batches)
+    fill(buffer, 0, 30)
+    seen = [next(batches).ids.tolist() for _ in range(2)]
+    with pytest.raises(ValueError, match="once"):
+        next(batches)
+    seen += [next(batches).ids.tolist() for _ in range(2)]
+    again = make_loader(buffer, Transition(), batch_size=4)
+    assert seen[:2] == [next(iter(again)).ids.tolist() for _ in range(2)]
+    other = iter(loader)
+    next(other)
+    with pytest.raises(errors.ConfigError, match="another one began"):
+        next(batches)
+    loader.close()
+    with pytest.raises(errors.ConfigError, match="was closed"):
+        next(other)
+
+
+def test_state_of_other_draws_is_refused():
+    buffer = buffer_of()
+    fill(buffer, 0, 60)
+    loader = make_loader(buffer, Transition(), batch_size=4, lookahead=40)
+    next(iter(loader))
+    for options, wrong in (
+        ({"batch_size": 1}, "batch_size"),
+        ({"batch_size": 4, "seed": 1}, "key"),
+        ({"batch_size": 4, "lookahead": 2}, "lookahead"),
+    ):
+        with pytest.raises(errors.CheckpointError, match=f"another {wrong}"):
+            make_loader(buffer, Transition(), **options).load_state_dict(loader.state_dict())
+
+
+def test_another_loader_does_not_lift_a_limiter():
+    buffer = buffer_of(num_envs=1)
+    loader = make_loader(buffer, Transition(), batch_size=8, limiter=Limiter(1.0, min_size=5, tolerance=0))
+    fill(buffer, 0, 5)
+    make_loader(buffer, Transition(), batch_size=8, seed=1).close()
+    next(iter(loader))
+    with pytest.raises(errors.NotEnoughDataError, match="expected 8 more steps"):
+        next(iter(loader))
+    with buffer.bypass_limiter(), buffer.bypass_limiter():
+        fill(buffer, 5, 25)
+    with pytest.raises(errors.NotEnoughDataError, match="expected 8 more steps"):
+        next(iter(loader))
+
+
 @pytest.mark.parametrize("before", [0, 2])
 @pytest.mark.parametrize("after", [0, 1])
 def test_resume_goes_on_with_the_very_next_batch_also_those_drawn_ahead(tmp_path, before, after):

@@ -178,7 +178,7 @@ def test_update_without_priorities_names_the_sampler():
 def test_all_priorities_zero_is_a_typed_error_and_no_endless_loop():
     buffer = buffer_of(Prioritized())
     buffer.update_priorities(fill(buffer, 3), [0.0, 0.0, 0.0])
-    with pytest.raises(errors.NotEnoughDataError):
+    with pytest.raises(errors.NotEnoughDataError, match="all have priority 0"):
         buffer.sample(2, Transition())
 
 
@@ -295,6 +295,7 @@ def test_mixture_draws_each_number_with_its_sampler_and_weighs_by_the_whole():
         (lambda: Recent(0.0), "half_life is 0.0"),
         (lambda: Mixture({Uniform(): 0.5, Recent(5.0): 0.4}), "0.9 in sum"),
         (lambda: Mixture({}), "is empty"),
+        (lambda: Mixture({Uniform(): 0.5, Prioritized(scale="buffer"): 0.5}), "only a sampler of its own"),
         (lambda: Mixture({Prioritized(): 0.5, Prioritized(alpha=1.0): 0.5}), "two Prioritized"),
         (lambda: buffer_of("uniform"), "sampler is 'uniform'"),
         (lambda: buffer_of(Prioritized()).set_beta(1.5), "beta is 1.5"),
@@ -427,3 +428,43 @@ def test_saved_samplers_go_on_with_the_very_next_batches(tmp_path, sampler):
     assert go_on(loaded, 120, 160) == expected[:40]
     loaded.save(tmp_path / "second")
     assert go_on(ReplayBuffer.load(tmp_path / "second"), 160, 220) == expected[40:]
+
+
+def save_in_child(buffer, directory):
+    buffer.sample(1, Transition())
+    buffer.save(directory)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_copy_in_another_process_saves_the_priorities_too(tmp_path, context):
+    buffer = buffer_of(Prioritized(alpha=1.0), storage="shared")
+    ids = fill(buffer, 3)
+    buffer.update_priorities(ids, [0.0, 0.0, 5.0])
+    child = multiprocessing.get_context(context).Process(target=save_in_child, args=(buffer, tmp_path / "saved"))
+    child.start()
+    child.join(60)
+    assert set(ReplayBuffer.load(tmp_path / "saved").sample(20, Transition()).ids.tolist()) == {int(ids[2])}
+
+
+def test_tree_of_a_second_unit_takes_over_no_priority_of_what_was_overwritten():
+    buffer = buffer_of(Prioritized(alpha=1.0), capacity=8)
+    ids = fill(buffer, 4)
+    buffer.update_priorities(ids, [1.0, 1000.0, 1.0, 1.0])
+    buffer.sample(1, Transition())
+    for i in range(4, 12):
+        buffer.add(step(i))
+    tree = buffer.unit_sampler(Transition(n_step=2)).drawer.tree
+    assert tree.masses(buffer.sample(100, Transition(n_step=2)).ids.numpy()).max() == 1.0
+
+
+def test_priorities_beyond_what_sums_can_bear_are_kept_within():
+    buffer = buffer_of(Prioritized(alpha=2.0, beta=1.0))
+    ids = fill(buffer, 3)
+    tree = buffer.unit_sampler(Transition()).drawer.tree
+    buffer.update_priorities(ids, [1e-200, 1e200, 1e308])
+    batch = buffer.sample(50, Transition())
+    assert set(batch.ids.tolist()) == set(ids[1:].tolist())
+    assert np.isfinite(batch.weights.numpy()).all()
+    buffer.update_priorities(ids, [5.0, 5.0, 5.0])
+    assert tree.masses(ids).tolist() == [25.0, 25.0, 25.0]
+    assert buffer.update_priorities([], []) == 0
