@@ -290,6 +290,6 @@ def make_loader(
         )
     mix = Mix([(buffer, 1.0)] if isinstance(buffer, ReplayBuffer) else list(buffer), unit, with_workers=num_workers > 0)
     key = stream_key(seed, "loader", rank=rank)
-    table = DrawTable(mix, key, batch_size, lookahead, shared=num_workers > 0)
+    table = DrawTable(mix.draw, key, batch_size, lookahead, shared=num_workers > 0)
     mix.buffers[0].keep(f"draws of {unit}, {batch_size} a batch, {lookahead} ahead, seed {seed}, rank {rank}", table)
     return ReplayLoader(mix, table, int(num_workers), transform, timeout_s, limiter)

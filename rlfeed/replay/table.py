@@ -4,63 +4,32 @@ The learner is the clock: each time it takes a batch it makes the draws of the b
 depends on the tick alone; which process gathers it, how fast, and whether one dies on the way, changes nothing.
 """
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from rlfeed.errors import CheckpointError
 from rlfeed.replay.draws import Draws
 from rlfeed.replay.memory import Memory
-from rlfeed.replay.readers import Allocate
-from rlfeed.types import Batch
 
+Draw = Callable[[int, int, int], Draws]
 KEPT = 32  # entries beside those drawn ahead: the one being made, and those that a `DeviceFeed` has taken ahead
-
-
-class Source(Protocol):
-    """Draw and gather: a `UnitSampler`, or several buffers mixed."""
-
-    def draw(self, key: int, number: int, count: int, *, tick: bool = True) -> Draws:
-        """Make draws ``number .. number + count - 1`` on what is stored now; see `UnitSampler.draw`.
-
-        Args:
-            key: The stream of draws.
-            number: The first draw.
-            count: B.
-            tick: Whether this process may fold new rows into the tree of priorities.
-
-        Returns:
-            The draws.
-        """
-        ...
-
-    def gather(self, draws: Draws, allocate: Allocate = ...) -> Batch:
-        """Gather draws into one block; see `UnitSampler.gather`.
-
-        Args:
-            draws: What was drawn.
-            allocate: Where the block comes from.
-
-        Returns:
-            The batch.
-        """
-        ...
 
 
 class DrawTable:
     """Keep the draws of the batches that are under way.
 
     Args:
-        source: What draws.
+        draw: Makes draws by key, first number and count; see `UnitSampler.draw`.
         key: The stream of draws.
         batch_size: B.
         lookahead: Batches drawn ahead of delivery, >= 0.
         shared: Whether other processes gather.
     """
 
-    def __init__(self, source: Source, key: int, batch_size: int, lookahead: int, *, shared: bool) -> None:
-        self._source, self.key, self.batch_size, self.lookahead = source, key, batch_size, lookahead
+    def __init__(self, draw: Draw, key: int, batch_size: int, lookahead: int, *, shared: bool) -> None:
+        self._draw, self.key, self.batch_size, self.lookahead = draw, key, batch_size, lookahead
         self.drawn = 0  # batches: the number of the next one to draw
         self.delivered = 0  # batches handed out
         self.taken_ahead = 0  # and how many of those a `DeviceFeed` still holds
@@ -88,7 +57,7 @@ class DrawTable:
             NotEnoughDataError: If no stored step can start a sample. The number stays the next one.
         """
         number = self.drawn
-        made = self._source.draw(self.key, number * self.batch_size, self.batch_size)
+        made = self._draw(self.key, number * self.batch_size, self.batch_size)
         entry = self.entry(number)
         entry.ids[:], entry.limits[:], entry.weights[:] = made.ids, made.limits, made.weights
         self.drawn += 1

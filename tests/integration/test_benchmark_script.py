@@ -51,7 +51,7 @@ def test_contestant_gives_what_was_asked_for(kind, work):
     try:
         contestant = kind()
     except ImportError:
-        pytest.skip("not installed")
+        pytest.skip(f"{kind.name} is not installed here: `make peers` does")
     try:
         sample = work(contestant)
     except (contestants.NotServedError, UnsupportedError) as reason:
