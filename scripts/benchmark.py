@@ -3,18 +3,18 @@
     python scripts/benchmark.py                    everything
     python scripts/benchmark.py replay             a replay buffer's work; peers: pip install -e ".[bench]"
     python scripts/benchmark.py uniform insert     some of it
-    python scripts/benchmark.py feed               the plain DataLoader, by handles and by samples
+    python scripts/benchmark.py feed               batches brought to the learner's process, beside torch's own
+    python scripts/benchmark.py feed-vectors       some of it
 
-All contestants work in one process, on one thread, in alternating rounds. Times are medians of rounds, in microseconds
-of the processor ("feed": of the wall clock) a call. The machine's speed drifts, so ratios are taken round by round:
-2.00 under "best peer is" means that the best peer takes twice as long.
+All contestants work in one process, on one thread, in alternating rounds; those of the feed have workers of their own.
+Times are medians of rounds, in microseconds of the processor ("feed": of the wall clock) a call. The machine's speed
+drifts, so ratios are taken round by round: 2.00 under "best peer is" means that the best peer takes twice as long.
 """
 
 import argparse
 import gc
 import itertools
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,8 +23,8 @@ from typing import TypeVar
 import torch
 from contest import Case, Contest, ratio
 from contestants import Bare, Contestant, Draw, NotServedError, Rlfeed, transitions
+from feed_benchmark import FeedBenchmark
 from peers import PEERS
-from torch.utils.data import DataLoader
 from workloads import (
     WrongSampleError,
     check_padded,
@@ -36,8 +36,7 @@ from workloads import (
 )
 
 from rlfeed.errors import UnsupportedError
-from rlfeed.feed import ReplayDataset, pad_collate
-from rlfeed.replay import ReplayBuffer, Transition
+from rlfeed.replay import Transition
 from rlfeed.types import Batch, Step
 
 ROWS = 1_000_000
@@ -199,6 +198,7 @@ class ReplayBenchmark:
 
 
 REPLAY = ("uniform", "prioritized", "pixels", "episodes", "windows", "insert", "growth")
+FEED = ("transport", "vectors", "plain", "pixels", "episodes", "padded", "life")
 
 
 def tensors_of(batch: Batch) -> list[object]:
@@ -231,27 +231,6 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def feed(contest: Contest) -> None:
-    """Measure the plain DataLoader line.
-
-    Args:
-        contest: Times it.
-    """
-    buffer: ReplayBuffer = Rlfeed(lanes=1).hold(make_stream(100_000), 100_000)
-
-    def loader(collate: Callable[..., object] | None, workers: int) -> Case:
-        dataset = ReplayDataset(buffer, Transition())
-        batches = iter(DataLoader(dataset, batch_size=256, collate_fn=collate, num_workers=workers))
-        return Case(batches.__next__, clock=time.perf_counter)  # workers' time counts too
-
-    cases = {
-        "pad_collate, 0 workers": loader(pad_collate, 0),
-        "torch's collate, sample by sample, 0 workers": loader(None, 0),
-        "pad_collate, 1 worker": loader(pad_collate, 1),
-    }
-    contest.measure("DataLoader(ReplayDataset(...), batch_size=256), 17 floats, 6 actions", cases)
-
-
 def main(args: Iterable[str] | None = None) -> None:
     """Run the benchmarks that were asked for.
 
@@ -259,7 +238,7 @@ def main(args: Iterable[str] | None = None) -> None:
         args: The command line; None is this process's.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("replay", *REPLAY, "feed")
+    names = ("replay", *REPLAY, "feed", *(f"feed-{name}" for name in FEED))
     parser.add_argument("what", nargs="*", metavar="what", help=f"{', '.join(names)}; default: replay feed")
     parser.add_argument("--rows", type=int, default=ROWS, help="steps held where rows are small")
     parser.add_argument("--rounds", type=int, default=15, help="alternating rounds")
@@ -269,14 +248,17 @@ def main(args: Iterable[str] | None = None) -> None:
         parser.error(f"{', '.join(unknown)}: no such benchmark; expected some of {', '.join(names)}")
     wanted = set(flags.what or ("replay", "feed"))
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="This DataLoader will create", module=r"torch\b")  # workers that wait
     warnings.filterwarnings("ignore", module=r"(torchrl|tensordict|tianshou|cpprb|stable_baselines3)\b")
     contest = Contest(flags.rounds)
     if chosen := [name for name in REPLAY if {"replay", name} & wanted]:
         benchmark = ReplayBenchmark(contest, flags.rows)
         for name in chosen:
             getattr(benchmark, name)()
-    if "feed" in wanted:
-        feed(contest)
+    if chosen := [name for name in FEED if {"feed", f"feed-{name}"} & wanted]:
+        feed = FeedBenchmark(contest, flags.rows)
+        for name in chosen:
+            getattr(feed, name)()
     if flags.json is not None:
         contest.save(flags.json)
 

@@ -27,6 +27,8 @@ class Case:
         per: How many pieces of work one call does.
         peer: Whether another library does it, with which rlfeed compares itself.
         clock: Seconds: by default of the processor, for this thread alone, because other jobs have their turns.
+        settle: What happens before every round, outside the timed part: what others left under way comes to rest.
+        most: Calls in a round at most.
     """
 
     call: Callable[[], object]
@@ -34,6 +36,8 @@ class Case:
     per: int = 1
     peer: bool = False
     clock: Callable[[], float] = time.thread_time
+    settle: Callable[[], object] | None = None
+    most: int = MOST_CALLS
 
     def time_us(self, calls: int) -> float:
         """Call it and tell how long it took.
@@ -85,7 +89,13 @@ class Contest:
     tables: list[dict[str, Any]] = field(default_factory=list)
 
     def measure(
-        self, title: str, cases: dict[str, Case], notes: dict[str, str] | None = None
+        self,
+        title: str,
+        cases: dict[str, Case],
+        notes: dict[str, str] | None = None,
+        *,
+        round_s: float = ROUND_S,
+        cpu: bool = False,
     ) -> dict[str, list[float]]:
         """Time cases in alternating rounds and print a table, in Markdown.
 
@@ -93,42 +103,73 @@ class Contest:
             title: The work.
             cases: By name; the first is what the others are compared with.
             notes: What to say about a case, or about who takes no part.
+            round_s: Seconds of one case in a round.
+            cpu: Also tell what this process, with all its threads and without its children, takes of the processor.
 
         Returns:
             Microseconds by case and round.
         """
-        calls = {name: self._calls(case) for name, case in cases.items()}
+        calls = {name: self._calls(case, round_s) for name, case in cases.items()}
         times: dict[str, list[float]] = {name: [] for name in cases}
+        spent: dict[str, list[float]] = {name: [] for name in cases if cpu}
         gc.collect()
         gc.disable()  # a collection in one case is not that case's work
         try:
             for turn in range(self.rounds):
                 for name in reversed(cases) if turn % 2 else cases:  # nobody always comes after the same
-                    times[name].append(cases[name].time_us(calls[name]))
+                    case = cases[name]
+                    if case.settle is not None:
+                        case.settle()
+                    begin = time.process_time()
+                    times[name].append(case.time_us(calls[name]))
+                    if cpu:
+                        spent[name].append((time.process_time() - begin) / calls[name] / case.per * 1e6)
         finally:
             gc.enable()
         notes = notes or {}
         peers = [name for name, case in cases.items() if case.peer]
         best = min(peers, key=lambda name: ratio(times[name], times[next(iter(times))]), default=None)
-        self.tables.append({"title": title, "us": times, "best_peer": best, "notes": notes})
-        self._print(title, times, best, notes)
+        self.tables.append({"title": title, "us": times, "cpu_us": spent, "best_peer": best, "notes": notes})
+        self._print(title, times, spent, best, notes)
         return times
 
-    def _calls(self, case: Case) -> int:
-        for _ in range(3):
-            case.time_us(1)
-        return max(1, min(MOST_CALLS, int(ROUND_S * 1e6 / max(case.time_us(1) * case.per, 1.0))))
+    def _calls(self, case: Case, round_s: float) -> int:
+        took_us = [case.time_us(1) * case.per for _ in range(4)]
+        return max(1, min(case.most, int(round_s * 1e6 / max(took_us[-1], 1.0))))
 
-    def _print(self, title: str, times: dict[str, list[float]], best: str | None, notes: dict[str, str]) -> None:
-        first = next(iter(times))
+    def _print(
+        self,
+        title: str,
+        times: dict[str, list[float]],
+        spent: dict[str, list[float]],
+        best: str | None,
+        notes: dict[str, str],
+    ) -> None:
+        first, more = next(iter(times)), "   cpu us | " if spent else ""
         print(f"\n{title}\n")
-        print(f"| {'':42} | median us |      min | of first | best peer is | |\n|---|---:|---:|---:|---:|---|")
+        print(f"| {'':42} | median us |      min | {more}of first | best peer is | |")
+        print(f"|---|---:|---:|{'---:|' if spent else ''}---:|---:|---|")
         for name, values in times.items():
-            figures = f"{statistics.median(values):9.1f} | {min(values):8.1f} | {ratio(values, times[first]):8.2f}"
+            cpu = f"{statistics.median(spent[name]):9.1f} | " if spent else ""
+            figures = f"{statistics.median(values):9.1f} | {min(values):8.1f} | {cpu}{ratio(values, times[first]):8.2f}"
             compared = f"{ratio(times[best], values):.2f}" if best else ""
             print(f"| {name:42} | {figures} | {compared:>12} | {notes.get(name, '')} |")
         absent = [f"{name} ({note})" for name, note in notes.items() if name not in times]
         print(f"\nWithout {'; '.join(absent)}." if absent else "", flush=True)
+
+    def tell(self, title: str, facts: dict[str, dict[str, str]]) -> None:
+        """Print what was found once, in Markdown, and keep it.
+
+        Args:
+            title: What it is about.
+            facts: By row; a row's figures by column, the same columns in each.
+        """
+        self.tables.append({"title": title, "facts": facts})
+        columns = list(next(iter(facts.values())))
+        print(f"\n{title}\n\n| {'':50} | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+        for name, row in facts.items():
+            print(f"| {name:50} | {' | '.join(row[column] for column in columns)} |")
+        print(flush=True)
 
     def save(self, path: Path) -> None:
         """Write the raw rounds.

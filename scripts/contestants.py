@@ -182,13 +182,15 @@ class Rlfeed(Contestant):
 
     Args:
         lanes: Environments whose steps the buffer holds.
+        floats: Numbers in an observation.
+        actions: Numbers in an action.
     """
 
     name = "rlfeed"
 
-    def __init__(self, lanes: int = 8) -> None:
+    def __init__(self, lanes: int = 8, floats: int = FLOATS, actions: int = ACTIONS) -> None:
         self._lanes = lanes
-        self._spaces = Box(-np.inf, np.inf, (FLOATS,), np.float32), Box(-1, 1, (ACTIONS,), np.float32)
+        self._spaces = Box(-np.inf, np.inf, (floats,), np.float32), Box(-1, 1, (actions,), np.float32)
 
     def empty(self, num_envs: int, capacity: int, sampler: Uniform | Prioritized = UNIFORM) -> ReplayBuffer:
         """Make a buffer.
@@ -236,9 +238,16 @@ class Rlfeed(Contestant):
 
         return draw
 
-    def pixels(self, movie: Movie) -> Draw:
-        """Hold frames; see `Contestant.pixels`."""
-        space, unit, lane = Box(0, 255, FRAME, np.uint8), Transition(), np.zeros(1, bool)
+    def hold_movie(self, movie: Movie) -> ReplayBuffer:
+        """Fill a buffer with frames, of one environment.
+
+        Args:
+            movie: What to hold.
+
+        Returns:
+            The buffer.
+        """
+        space, lane = Box(0, 255, FRAME, np.uint8), np.zeros(1, bool)
         rows = movie.steps + len(movie.frames)
         buffer = ReplayBuffer(space, Discrete(6), capacity=rows, frame_stack=4)
         for episode, t in itertools.product(range(len(movie.frames)), range(movie.length)):
@@ -252,6 +261,11 @@ class Rlfeed(Contestant):
                 is_first=np.array([t == 0]),
             )
             buffer.add(step)
+        return buffer
+
+    def pixels(self, movie: Movie) -> Draw:
+        """Hold frames; see `Contestant.pixels`."""
+        buffer, unit = self.hold_movie(movie), Transition()
         return lambda count: transitions(buffer.sample(count, unit))
 
     def episodes(self, stream: Stream) -> Draw:

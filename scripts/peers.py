@@ -266,17 +266,21 @@ class StableBaselines3(Contestant):
 
 
 class TorchRL(Contestant):
-    """Of TorchRL: tensors in a TensorDict. Frames, windows and episodes by the fastest of the ways that it offers."""
+    """Of TorchRL: tensors in a TensorDict. Frames, windows and episodes by the fastest of the ways that it offers.
+
+    Args:
+        prefetch: Batches that a thread makes ahead of transitions and episodes.
+    """
 
     name = "torchrl"
 
-    def __init__(self) -> None:
+    def __init__(self, prefetch: int | None = None) -> None:
         import tensordict
         import torchrl.data
         from torchrl.data import replay_buffers
 
         self._dict, self._pad = tensordict.TensorDict, tensordict.pad_sequence
-        self._library, self._buffers = torchrl.data, replay_buffers
+        self._library, self._buffers, self._prefetch = torchrl.data, replay_buffers, prefetch
         logging.getLogger("torchrl").setLevel(logging.WARNING)  # else it tells of every storage
 
     def _rows(self, stream: Stream, at: slice = slice(None)) -> Any:
@@ -305,7 +309,7 @@ class TorchRL(Contestant):
     def uniform(self, stream: Stream) -> Draw:
         """Hold a stream; see `Contestant.uniform`."""
         storage = self._library.LazyTensorStorage(len(stream))
-        buffer = self._library.TensorDictReplayBuffer(storage=storage, batch_size=256)
+        buffer = self._library.TensorDictReplayBuffer(storage=storage, batch_size=256, prefetch=self._prefetch)
         self._fill(buffer, stream)
         return lambda count: self._sample(buffer.sample(count))
 
@@ -368,6 +372,7 @@ class TorchRL(Contestant):
         buffer = self._library.ReplayBuffer(
             storage=self._library.ListStorage(len(spans)),
             batch_size=64,
+            prefetch=self._prefetch,
             collate_fn=lambda episodes: self._pad(episodes, return_mask=True),
         )
         for begin, end in spans:
@@ -447,7 +452,15 @@ class _Episodes(IterableDataset):
             yield {name: field[begin:end] for name, field in self._fields.items()}
 
 
-def _pad(episodes: list[Sample]) -> Sample:
+def pad_episodes(episodes: list[Sample]) -> Sample:
+    """Collate episodes as anybody would by hand: `pad_sequence` field by field.
+
+    Args:
+        episodes: Fields ``[T, ...]`` each.
+
+    Returns:
+        Fields ``[B, T, ...]``, with lengths and mask.
+    """
     batch = {name: pad_sequence([one[name] for one in episodes], batch_first=True) for name in episodes[0]}
     lengths = torch.tensor([len(one["reward"]) for one in episodes])
     return {**batch, "lengths": lengths, "mask": torch.arange(batch["reward"].shape[1]) < lengths[:, None]}
@@ -464,7 +477,7 @@ class StockLoader(Contestant):
 
         def draw(count: int) -> Sample:
             if count not in loaders:
-                loaders[count] = iter(DataLoader(_Episodes(stream), batch_size=count, collate_fn=_pad))
+                loaders[count] = iter(DataLoader(_Episodes(stream), batch_size=count, collate_fn=pad_episodes))
             return next(loaders[count])
 
         return draw

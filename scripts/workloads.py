@@ -14,13 +14,13 @@ FINAL = -100.0  # stands in final observations only: what a reset shows has anot
 
 @dataclass(frozen=True)
 class Stream:
-    """Hold steps of one environment in columns: episodes of 5 to 200 steps, each terminated, the last one early.
+    """Hold steps of one environment in columns: whole episodes, each terminated, the last one early.
 
     Args:
-        observation: ``[n, 17]``; the first number is the step's.
-        action: ``[n, 6]``; the first number is the step's.
+        observation: ``[n, floats]``; the first number is the step's.
+        action: ``[n, actions]``; the first number is the step's.
         reward: ``[n]``.
-        next_observation: ``[n, 17]``; the first number is the next step's, the second is `FINAL` at an end.
+        next_observation: ``[n, floats]``; the first number is the next step's, the second is `FINAL` at an end.
         terminated: ``[n]``.
     """
 
@@ -68,21 +68,26 @@ class Stream:
         return steps
 
 
-def make_stream(length: int, seed: int = 0) -> Stream:
+def make_stream(
+    length: int, seed: int = 0, *, floats: int = FLOATS, actions: int = ACTIONS, lengths: tuple[int, int] = (5, 200)
+) -> Stream:
     """Make a stream.
 
     Args:
         length: Steps.
         seed: Of its numbers.
+        floats: Numbers in an observation.
+        actions: Numbers in an action.
+        lengths: Steps of an episode, the least and the most.
 
     Returns:
         The stream.
     """
     generator = np.random.default_rng(seed)
-    observation = generator.standard_normal((length + 1, FLOATS), dtype=np.float32)
-    action = generator.standard_normal((length, ACTIONS), dtype=np.float32)
+    observation = generator.standard_normal((length + 1, floats), dtype=np.float32)
+    action = generator.standard_normal((length, actions), dtype=np.float32)
     observation[:, 0], action[:, 0] = np.arange(length + 1), np.arange(length)
-    ends = np.cumsum(generator.integers(5, 201, length // 5 + 1)) - 1
+    ends = np.cumsum(generator.integers(lengths[0], lengths[1] + 1, length // lengths[0] + 1)) - 1
     terminated = np.zeros(length, bool)
     terminated[ends[ends < length]] = terminated[-1] = True
     following = observation[1:].copy()

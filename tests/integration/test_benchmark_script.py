@@ -6,9 +6,19 @@ import json
 import numpy as np
 import pytest
 import torch
-from support.scripts import benchmark_script, contest, contestants, peers, workloads
+from support.scripts import (
+    benchmark_script,
+    contest,
+    contestants,
+    feed_benchmark,
+    feed_contestants,
+    feed_life,
+    peers,
+    workloads,
+)
 
 from rlfeed.errors import UnsupportedError
+from rlfeed.replay import Sequence
 
 STREAM, MOVIE = workloads.make_stream(4000), workloads.make_movie(2, 60)
 
@@ -57,6 +67,26 @@ def test_contestant_gives_what_was_asked_for(kind, work):
     except (contestants.NotServedError, UnsupportedError) as reason:
         pytest.skip(f"not served: {reason}")
     WORKS[work](sample)
+
+
+@pytest.mark.parametrize("work", [transitions, pixels, episodes])
+@pytest.mark.parametrize("kind", [feed_contestants.StockItems, feed_contestants.StockBatches])
+def test_stock_loader_gives_what_was_asked_for(kind, work):
+    WORKS[work](work(kind(0)))
+
+
+def test_wide_buffer_gives_sixteen_tensors():
+    tensors = feed_benchmark.every_tensor(feed_benchmark.hold_wide(32, 100).sample(4, Sequence(8)))
+
+    assert len(tensors) == 16
+    assert len({tensor.data_ptr() for tensor in tensors.values()}) == 16
+
+
+def test_first_marked_counts_the_batches_before():
+    batches = [{"reward": torch.tensor([1.0, reward])} for reward in (0.0, 776.0, 777.0)]
+
+    assert feed_life.first_marked(iter(batches), 3) == 2
+    assert feed_life.first_marked(iter(batches), 2) is None
 
 
 def tampered(work, key, change):
@@ -157,6 +187,26 @@ def test_contest_compares_with_the_first_and_with_the_best_peer(capsys):
     assert lines[-1] == "Without nobody (not installed)."
 
 
+def test_contest_settles_before_every_round_outside_the_timed_part(capsys):
+    clock, run, settled = Clock(), contest.Contest(rounds=3), []
+
+    times = run.measure("some work", {"one": clock.case(3.0, settle=lambda: settled.append(clock.case(1000.0).call()))})
+
+    assert times["one"] == pytest.approx([3.0] * 3)
+    assert len(settled) == 3
+
+
+def test_contest_facts_are_a_table_and_are_kept(capsys):
+    run = contest.Contest()
+
+    run.tell("some life", {"end": {"theirs": "20 s", "ours": "0.1 s"}, "begin": {"theirs": "-", "ours": "2 s"}})
+
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert cells[3] == ["", "theirs", "ours"]
+    assert cells[5:7] == [["end", "20 s", "0.1 s"], ["begin", "-", "2 s"]]
+    assert run.tables[0]["facts"]["end"]["ours"] == "0.1 s"
+
+
 def test_contest_what_happens_before_a_call_is_not_timed():
     clock = Clock()
 
@@ -180,6 +230,30 @@ def test_benchmark_replay_measures_every_work_and_writes_the_rounds(tmp_path, ca
         assert all(len(rounds) == 2 for rounds in table["us"].values())
         assert not any("gives something else" in note for note in table["notes"].values())
     assert "uniform 256 transitions" in capsys.readouterr().out
+
+
+def test_benchmark_feed_measures_what_was_asked_for_and_writes_the_rounds(tmp_path, capsys):
+    path = tmp_path / "rounds.json"
+
+    benchmark_script.main(["feed-vectors", "--rows=4000", "--rounds=1", f"--json={path}"])
+
+    (table,) = json.loads(path.read_text())["tables"]
+    assert {"rlfeed, 0 workers", "rlfeed, 1 worker", "DataLoader, samples, 1 worker"} <= table["us"].keys()
+    assert table["us"].keys() == table["cpu_us"].keys()
+    assert not table["notes"]
+    assert "42 KB; wall clock" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_benchmark_feed_measures_everything(tmp_path):
+    path = tmp_path / "rounds.json"
+
+    benchmark_script.main(["feed", "--rows=4000", "--rounds=1", f"--json={path}"])
+
+    *measured, life = json.loads(path.read_text())["tables"]
+    assert len(measured) == 7
+    assert not any(table["notes"] for table in measured)
+    assert "wrong" not in str(life["facts"])
 
 
 def test_benchmark_unknown_work_is_refused(capsys):

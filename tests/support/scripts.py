@@ -11,6 +11,9 @@ import command_line  # noqa: E402
 import contest  # noqa: E402
 import contestants  # noqa: E402
 import evaluate as evaluate_script  # noqa: E402
+import feed_benchmark  # noqa: E402
+import feed_contestants  # noqa: E402
+import feed_life  # noqa: E402
 import peers  # noqa: E402
 import train as train_script  # noqa: E402
 import workloads  # noqa: E402
@@ -22,6 +25,9 @@ __all__ = [
     "contest",
     "contestants",
     "evaluate_script",
+    "feed_benchmark",
+    "feed_contestants",
+    "feed_life",
     "peers",
     "train_script",
     "workloads",
