@@ -4,6 +4,8 @@
 PYTHON ?= python3
 PIP_FLAGS ?=
 ARGS ?=
+# The whole suite runs on all cores; a part of it, which ARGS names, in one process that starts at once.
+PARALLEL = $(if $(ARGS),,-n auto --maxprocesses 8 --dist worksteal)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +17,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
 
 help:
 	@echo "make train [ARGS=...]      train DQN on CartPole-v1, or what ARGS says: ARGS=\"dqn --env.id Acrobot-v1\""
-	@echo "make test [ARGS=...]       run the tests"
+	@echo "make test [ARGS=...]       run the tests on all cores; with ARGS what it says, in one process"
 	@echo "make test-slow             run the long learning tests as well"
 	@echo "make lint                  ruff and pyright"
 	@echo "make tensorboard           show the curves of all runs"
@@ -27,7 +29,7 @@ train: $(VENV)/cli.stamp
 	$(BIN)/python scripts/train.py $(ARGS)
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)

@@ -1,6 +1,7 @@
 """A slow and obvious twin of the replay buffer: Python lists of rows, every rule spelled out."""
 
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -204,9 +205,12 @@ def carry_of(lane, episode, index):
     return 1.0 + 10_000 * lane + 100 * episode + index
 
 
+@cache
 def image(vector):
     """A large observation that names its lane, episode and step, to be stored in a column of its own."""
-    return np.resize(np.array(vector, np.uint8), (40, 40))
+    pixels = np.resize(np.array(vector, np.uint8), (40, 40))
+    pixels.flags.writeable = False  # the same array for every caller
+    return pixels
 
 
 def observation(vector):

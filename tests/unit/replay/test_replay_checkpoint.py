@@ -148,8 +148,8 @@ def test_load_empty_buffer_and_lanes_gives_them_back(tmp_path):
 
 
 def test_save_what_is_new_is_written_and_the_rest_linked(tmp_path):
-    driver = Driver(rows=2000)
-    driver.go_on(1000)
+    driver = Driver(rows=1000)
+    driver.go_on(500)
     driver.buffer.save(tmp_path / "full")
     full = new_bytes(tmp_path / "full")
     driver.go_on(10)
@@ -346,9 +346,9 @@ print(bytes_of("VmHWM") - before, buffer.stats().nbytes, len(buffer))
 
 def test_load_takes_the_memory_of_one_buffer(tmp_path):
     """Trap 33: dreamerv3#103 held its replay twice after loading."""
-    buffer = ReplayBuffer(Box(-1, 1, (1000,)), Discrete(2), capacity=20_000)
-    observation, no = np.zeros((1, 1000), np.float32), np.array([False])
-    for i in range(19_999):
+    buffer = ReplayBuffer(Box(-1, 1, (10_000,)), Discrete(2), capacity=2000)
+    observation, no = np.zeros((1, 10_000), np.float32), np.array([False])
+    for i in range(1999):
         action, reward, first = np.array([0]), np.zeros(1, np.float32), np.array([i == 0])
         buffer.add(Step(observation, action, reward, observation, no, no, is_first=first))
     buffer.save(tmp_path / "saved")
@@ -358,6 +358,6 @@ def test_load_takes_the_memory_of_one_buffer(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     taken, nbytes, steps = map(int, done.stdout.split())
-    assert steps == len(buffer) == 19_999
+    assert steps == len(buffer) == 1999
     assert nbytes == buffer.stats().nbytes > 80_000_000
     assert taken < 1.2 * nbytes
