@@ -1,5 +1,7 @@
 """Where the fields of a batch lie in its one block of memory."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +55,22 @@ class Layout:
         # What np.ndarray asks for, of the fields that are one tensor: `_Look` has no time for more.
         alone = {name: lines[0] for name, (paths, lines) in self._plan.items() if paths == [()]}
         self.single = {name: (line[0], line[2], line[1], line[6]) for name, line in alone.items()}
+
+    @classmethod
+    def of(cls, leaves: Iterable[tuple[str, Path, torch.dtype, tuple[int, ...]]]) -> "Layout":
+        """Lay leaves out one behind the other, dense, each 64-byte aligned.
+
+        Args:
+            leaves: Field, path in it, dtype and shape of each.
+
+        Returns:
+            The layout.
+        """
+        slots, end = [], 0
+        for name, path, dtype, shape in leaves:
+            slots.append(Slot(name, path, dtype, shape, end))
+            end = -(-(end + math.prod(shape) * dtype.itemsize) // 64) * 64
+        return cls(tuple(slots), end)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Layout, (self.slots, self.nbytes)

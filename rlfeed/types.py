@@ -6,12 +6,13 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Bool, Float32, Int32, Int64
 from torch import Tensor
 
 from rlfeed.errors import FieldError
 from rlfeed.layout import Layout
 from rlfeed.nest import Nest, Path, leaves, map_nest
+from rlfeed.ragged import Ragged
 
 Mode = Literal["explore", "greedy", "random"]
 
@@ -58,8 +59,10 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Batch:
+class Batch(Ragged):
     """Hold a batch for a learner: ``[B, ...]`` from `Transition`, padded ``[B, T, ...]`` from `Sequence` and `Episode`.
+
+    `packed` gives sequences without their padding, ``[S, ...]`` instead of ``[B, T, ...]``; see `Ragged`.
 
     Every field is dense and, when the batch came from the replay, all lie in one contiguous block, so that it is
     pinned, moved and sent between processes as one piece; a field's tensors are made when it is first looked at.
@@ -76,6 +79,7 @@ class Batch:
         mask: ``[B, T]``, True = a stored step, burn-in included.
         loss_mask: ``[B, T]``, True = a step to train on, burn-in excluded.
         lengths: ``[B]`` int64, steps that are not padding.
+        cu_lengths: ``[B+1]`` int32 of a packed batch, else None: the steps of row b lie at ``cu_lengths[b:b + 2]``.
         is_first: ``[B, T]``, True where an episode begins.
         burn_in: ``[B]`` int64, burn-in steps really there.
         carry: What the policy's recurrent state was before the first observation, ``[B, ...]``.
@@ -96,10 +100,11 @@ class Batch:
     truncated: Bool[Tensor, "*batch"]
     discount: Float32[Tensor, "*batch"] | None = None
     next_observation: Nest | None = None
-    mask: Bool[Tensor, "B T"] | None = None
-    loss_mask: Bool[Tensor, "B T"] | None = None
+    mask: Bool[Tensor, "*batch"] | None = None
+    loss_mask: Bool[Tensor, "*batch"] | None = None
     lengths: Int64[Tensor, " B"] | None = None
-    is_first: Bool[Tensor, "B T"] | None = None
+    cu_lengths: Int32[Tensor, " B1"] | None = None
+    is_first: Bool[Tensor, "*batch"] | None = None
     burn_in: Int64[Tensor, " B"] | None = None
     carry: Nest = ()
     prev_action: Nest | None = None
@@ -168,7 +173,7 @@ class Batch:
         Returns:
             B.
         """
-        return self.reward.shape[0]
+        return (self.reward if self.cu_lengths is None else self.cu_lengths[1:]).shape[0]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # One tensor crosses a process boundary instead of fifteen: torch's worker queue costs 215 us for each.

@@ -15,12 +15,13 @@ CODE = sorted(path for folder in ("rlfeed", "agents", "scripts") for path in (RO
 LIBRARY = [path for path in CODE if path.is_relative_to(ROOT / "rlfeed")]
 PACKAGES = [path for path in LIBRARY if path.name == "__init__.py"]
 
-BASE = {"errors", "nest", "layout", "types", "specs", "codec", "durable"}
+BASE = {"errors", "nest", "layout", "ragged", "types", "specs", "codec", "durable"}
 LAYERS = {  # who may import whom, beside itself
     "errors": set(),
     "nest": {"errors"},
     "layout": {"errors", "nest"},
-    "types": {"errors", "nest", "layout"},
+    "ragged": {"errors", "nest", "layout"},
+    "types": {"errors", "nest", "layout", "ragged"},
     "specs": {"errors", "nest", "types"},
     "codec": {"errors", "nest", "types", "specs"},
     "durable": BASE - {"durable"},

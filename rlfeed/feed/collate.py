@@ -2,36 +2,67 @@
 
 from collections.abc import Mapping
 from dataclasses import fields as fields_of
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from rlfeed.errors import FieldError
+from rlfeed.errors import ConfigError, FieldError, suggest
 from rlfeed.feed.dataset import Handle, unbatch
-from rlfeed.nest import Nest, Path, build, describe, leaves
+from rlfeed.layout import Layout
+from rlfeed.nest import Nest, Path, describe, leaves, map_nest
+from rlfeed.ragged import PER_STEP
 from rlfeed.types import Batch
 
-_PER_STEP = ("action", "reward", "terminated", "truncated", "discount", "mask", "loss_mask", "is_first", "extras")
+Arrangement = Literal["padded", "packed"]
+Sample = Mapping[str, Nest]
+
+_FIELDS = frozenset(f.name for f in fields_of(Batch) if f.init) - {"cu_lengths"}
 
 
-def pad_collate(samples: list[Any]) -> Batch:
-    """Collate samples into a padded batch.
+def pad_collate(
+    samples: list[Any],
+    *,
+    padding_value: float | Mapping[str, float] = 0.0,
+    pad_to_multiple_of: int | None = None,
+    layout: Arrangement = "padded",
+) -> Batch:
+    """Collate samples into a padded batch, or a packed one.
 
     B consecutive samples of one `ReplayDataset` are gathered together, once, straight into the batch's memory. Anything
-    else (episodes of a rollout, mappings of arrays) is stacked, and padded with zeros where lengths differ.
+    else (episodes of a rollout, mappings of arrays) is stacked, and padded where lengths differ. The options are those
+    of `Batch.padded` and `Batch.packed`, which do the same where batches do not pass through here:
+    ``transform=lambda batch: batch.padded(multiple_of=32)``. Give them with `functools.partial`.
 
     Args:
         samples: Samples of a `ReplayDataset`, batches of one, or mappings with the fields of `Batch`. Mappings with
             observations one longer than their rewards are sequences.
+        padding_value: What stands past the lengths: a number, or numbers by field; see `Batch.padded`.
+        pad_to_multiple_of: T becomes the next multiple of it, observations T+1; >= 1. None: the longest sample.
+        layout: ``"packed"``: sequences end to end, without padding; see `Batch.packed`.
 
     Returns:
-        ``[B, ...]``, or ``[B, T, ...]`` with ``mask`` and ``lengths``.
+        ``[B, ...]``, or ``[B, T, ...]`` with ``mask`` and ``lengths``, or ``[S, ...]`` with ``cu_lengths``.
 
     Raises:
-        FieldError: If the samples do not have the same fields, shapes and dtypes.
+        ConfigError: If an option is wrong.
+        FieldError: If the samples do not have the same fields, shapes and dtypes, or no step at all.
     """
+    if layout == "padded" and pad_to_multiple_of is None and padding_value == 0.0:
+        return _collate(samples)  # as it was gathered: nothing here costs more than the gather
+    if layout == "padded":
+        return _collate(samples).padded(multiple_of=pad_to_multiple_of or 1, padding_value=padding_value)
+    if layout not in get_args(Arrangement):
+        raise ConfigError(f"pad_collate: layout is {layout!r}; expected one of {get_args(Arrangement)}.")
+    if pad_to_multiple_of is not None or padding_value != 0.0:
+        raise ConfigError(
+            f"pad_collate: layout is 'packed', with pad_to_multiple_of={pad_to_multiple_of} and padding_value="
+            f"{padding_value}; expected neither, for what is packed has no padding. Use layout='padded'."
+        )
+    return _collate(samples).packed()
+
+
+def _collate(samples: list[Any]) -> Batch:
     if not isinstance(samples, list | tuple):
         raise FieldError(
             f"pad_collate: got a {type(samples).__name__}; expected a list of samples. Give the DataLoader a "
@@ -48,73 +79,104 @@ def pad_collate(samples: list[Any]) -> Batch:
             for i, h in enumerate(samples)
         ):
             return stream.batch(start // size, size)
-    return _pad([unbatch(s) if isinstance(s, Batch) else s for s in samples])
+    return _joined([unbatch(s.padded()) if isinstance(s, Batch) else s for s in samples])
 
 
-def _pad(samples: list[Mapping[str, Nest]]) -> Batch:
+def _joined(samples: list[Sample]) -> Batch:
+    """Join samples that lie apart: one block, into which every array is copied once."""
+    _check_fields(samples)
+    exact = "lengths" not in samples[0]  # else they are padded already: what is beyond their lengths is dropped
+    samples, lengths = _with_defaults(samples)
+    lines, copies = [], []
+    for name in samples[0]:
+        counts = [length + (name == "observation") for length in lengths] if name in PER_STEP else []
+        for path, parts in _arrays(name, samples):
+            dtype = _check(describe(name, path), parts, counts, exact)
+            tail, axes = parts[0].shape, (len(parts), max(counts)) if counts else (len(parts),)
+            lines.append((name, path, torch.float32 if name == "reward" else dtype, (*axes, *tail[len(axes) - 1 :])))
+            copies.append((parts, counts))
+    layout = Layout.of(lines)
+    batch = Batch.carve(torch.zeros(layout.nbytes, dtype=torch.uint8), layout, plain=True)
+    for slot, (parts, counts) in zip(layout.slots, copies, strict=True):
+        _copy(parts, counts, dict(leaves(getattr(batch, slot.name)))[slot.path].numpy())
+    return batch
+
+
+def _copy(parts: list[np.ndarray], counts: list[int], out: np.ndarray) -> None:
+    if not counts:
+        np.stack(parts, out=out)
+        return
+    for i, (part, count) in enumerate(zip(parts, counts, strict=True)):
+        out[i, :count] = part[:count]  # by whole rows: twice as fast as torch's pad_sequence
+
+
+def _check_fields(samples: list[Sample]) -> None:
     for i, sample in enumerate(samples):
         if not isinstance(sample, Mapping):
             raise FieldError(f"pad_collate: sample {i} is a {type(sample).__name__}; expected a mapping of arrays.")
         if sample.keys() != samples[0].keys():
-            raise FieldError(f"pad_collate: sample {i} has {sorted(sample)}; expected {sorted(samples[0])}.")
-    unknown = samples[0].keys() - {f.name for f in fields_of(Batch) if f.init}
-    if unknown:
-        raise FieldError(f"pad_collate: the samples have {sorted(unknown)}; expected those of Batch. Use extras.")
-    missing = {"observation", "action", "reward"} - samples[0].keys()
-    if missing:
-        raise FieldError(f"pad_collate: the samples have no {sorted(missing)}; expected the fields of Batch.")
-    # Only true steps are padded: what an earlier padding added is dropped again.
-    lengths = [int(sample["lengths"]) if "lengths" in sample else _length(sample["reward"]) for sample in samples]
-    sequences = np.ndim(samples[0]["reward"]) > 0
-    fields: dict[str, Any] = {}
-    for name in samples[0]:
-        nests = [dict(leaves(sample[name])) for sample in samples]
-        for i, nest in enumerate(nests):
-            if nest.keys() != nests[0].keys():
-                raise FieldError(f"pad_collate: sample {i}: {name} has {list(nest)}; expected {list(nests[0])}.")
-        pairs: list[tuple[Path, Tensor]] = []
-        for path in nests[0]:
-            parts = [_tensor(nest[path]) for nest in nests]
-            extra = 1 if name == "observation" else 0
-            if sequences and name in (*_PER_STEP, "observation"):
-                exact = "lengths" not in samples[0]  # else they are padded already, and longer
-                rows = [n + extra for n in lengths]
-                pairs.append((path, _pad_rows(describe(name, path), parts, rows, exact)))
-            else:
-                shapes = [(tuple(part.shape), part.dtype) for part in parts]
-                if len(set(shapes)) > 1:
-                    raise FieldError(f"pad_collate: {describe(name, path)} has {shapes}; expected one shape and dtype.")
-                pairs.append((path, torch.stack(parts)))
-        fields[name] = build(pairs)
-    fields["reward"] = fields["reward"].float()
-    if sequences:
-        fields["lengths"] = torch.tensor(lengths, dtype=torch.int64)
-        inside = torch.arange(max(lengths)) < fields["lengths"][:, None]
-        fields.setdefault("mask", inside)  # windows that cross the ends of episodes are masked inside, too
-        fields.setdefault("loss_mask", inside)
-    blank = torch.zeros_like(fields["reward"], dtype=torch.bool)
-    return Batch(**{"terminated": blank, "truncated": blank, **fields})
-
-
-def _tensor(value: Any) -> Tensor:
-    if isinstance(value, np.ndarray) and not value.flags.writeable:
-        value = value.copy()  # torch would warn
-    return torch.as_tensor(value)
-
-
-def _length(reward: Any) -> int:
-    return int(np.shape(reward)[0]) if np.ndim(reward) else 1
-
-
-def _pad_rows(name: str, parts: list[Tensor], rows: list[int], exact: bool) -> Tensor:
-    tail, dtype = parts[0].shape[1:], parts[0].dtype
-    out = torch.zeros((len(parts), max(rows), *tail), dtype=dtype)
-    for i, (part, count) in enumerate(zip(parts, rows, strict=True)):
-        short = len(part) < count or (exact and len(part) > count)
-        if part.shape[1:] != tail or part.dtype != dtype or short:
             raise FieldError(
-                f"pad_collate: sample {i}: {name} has shape {tuple(part.shape)} and dtype {part.dtype}; expected "
-                f"({count}, {', '.join(map(str, tail))}) and {dtype}."
+                f"pad_collate: sample {i} has {sorted(sample)}; expected {sorted(samples[0])}, as sample 0 has. All "
+                "samples of a batch come from one unit."
             )
-        out[i, :count] = part[:count]
-    return out
+    if unknown := sorted(samples[0].keys() - _FIELDS):
+        hint = suggest(unknown[0], _FIELDS) or " Use extras."
+        raise FieldError(f"pad_collate: the samples have {unknown}; expected those of Batch.{hint}")
+    if missing := sorted({"observation", "action", "reward"} - samples[0].keys()):
+        raise FieldError(f"pad_collate: the samples have no {missing}; expected the fields of Batch.")
+    axes = [np.ndim(sample["reward"]) for sample in samples]
+    if odd := next((i for i, n in enumerate(axes) if n != axes[0] or n > 1), None):
+        raise FieldError(
+            f"pad_collate: sample {odd}: reward has {axes[odd]} axes, that of sample 0 {axes[0]}; expected 0 of all "
+            "(transitions) or 1 of all (sequences). All samples of a batch come from one unit."
+        )
+
+
+def _with_defaults(samples: list[Sample]) -> tuple[list[Sample], list[int]]:
+    """Give the samples with the fields that follow from the others, and the lengths of sequences."""
+    if np.ndim(samples[0]["reward"]) == 0:
+        return [{"terminated": np.False_, "truncated": np.False_, **sample} for sample in samples], []
+    lengths = [int(sample["lengths"] if "lengths" in sample else len(sample["reward"])) for sample in samples]
+    if not any(lengths):
+        raise FieldError(f"pad_collate: the lengths of all {len(lengths)} samples are 0; expected at least one step.")
+    yes, no = np.ones(max(lengths), bool), np.zeros(max(lengths), bool)
+    filled: list[Sample] = []
+    for sample, n in zip(samples, lengths, strict=True):
+        filled.append(
+            {"terminated": no[:n], "truncated": no[:n], "mask": yes[:n], "loss_mask": yes[:n], "lengths": n, **sample}
+        )
+    return filled, lengths
+
+
+def _arrays(name: str, samples: list[Sample]) -> list[tuple[Path, list[np.ndarray]]]:
+    """Give the arrays of a field, leaf by leaf, one of each sample."""
+    first, found = samples[0][name], []
+    if isinstance(first, dict | tuple):
+        for i, sample in enumerate(samples):
+            map_nest(lambda *_: None, first, sample[name], where=f"pad_collate: sample {i}: {name}")
+    map_nest(lambda *parts: found.append([_array(part) for part in parts]), *(sample[name] for sample in samples))
+    return list(zip([path for path, _ in leaves(first)], found, strict=True))
+
+
+def _array(value: Any) -> np.ndarray:
+    return np.asarray(value) if isinstance(value, np.ndarray | np.generic) else torch.as_tensor(value).numpy(force=True)
+
+
+def _check(where: str, parts: list[np.ndarray], counts: list[int], exact: bool) -> torch.dtype:
+    """Check that arrays have one dtype and, but for their lengths, one shape."""
+    first = parts[0]
+    tail = first.shape[1:] if counts else first.shape
+    for i, part in enumerate(parts):
+        fits = part.dtype == first.dtype and part.shape[1 if counts else 0 :] == tail
+        if counts and fits:
+            fits = part.ndim > 0 and (len(part) == counts[i] or (not exact and len(part) > counts[i]))
+        if not fits:
+            shape = (counts[i], *tail) if counts else tail
+            raise FieldError(
+                f"pad_collate: sample {i}: {where} has shape {part.shape} and dtype {part.dtype}; expected {shape} and "
+                f"{first.dtype}."
+            )
+    try:
+        return torch.from_numpy(first[..., None].ravel()[:0]).dtype
+    except (TypeError, ValueError) as error:
+        raise FieldError(f"pad_collate: {where} has dtype {first.dtype}; expected numbers torch has.") from error

@@ -89,7 +89,7 @@ def test_pad_collate_transitions_are_stacked():
         ([pad_collate([episode(2), episode(3)])], "a batch of 2 rows as a sample"),
         ([episode(2) | {"nonsense": np.zeros(2)}], "have .'nonsense'.; expected those of Batch"),
         ([episode(2) | {"action": np.zeros(3, np.int64)}], r"sample 0: action has shape \(3,\)"),
-        ([episode(2), episode(2) | {"observation": {"y": np.zeros((3, 1))}}], "sample 1: observation has .*'y'"),
+        ([episode(2), episode(2) | {"observation": {"y": np.zeros((3, 1))}}], "sample 1: observation: has .*'y'"),
         ([episode(2), episode(3) | {"action": np.zeros((3, 2), np.int64)}], r"sample 1: action has shape \(3, 2\)"),
     ],
 )
