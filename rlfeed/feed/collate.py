@@ -51,7 +51,8 @@ def pad_collate(
     if layout == "padded" and pad_to_multiple_of is None and padding_value == 0.0:
         return _collate(samples)  # as it was gathered: nothing here costs more than the gather
     if layout == "padded":
-        return _collate(samples).padded(multiple_of=pad_to_multiple_of or 1, padding_value=padding_value)
+        multiple_of = 1 if pad_to_multiple_of is None else pad_to_multiple_of
+        return _collate(samples).padded(multiple_of=multiple_of, padding_value=padding_value)
     if layout not in get_args(Arrangement):
         raise ConfigError(f"pad_collate: layout is {layout!r}; expected one of {get_args(Arrangement)}.")
     if pad_to_multiple_of is not None or padding_value != 0.0:
@@ -125,7 +126,7 @@ def _check_fields(samples: list[Sample]) -> None:
     if missing := sorted({"observation", "action", "reward"} - samples[0].keys()):
         raise FieldError(f"pad_collate: the samples have no {missing}; expected the fields of Batch.")
     axes = [np.ndim(sample["reward"]) for sample in samples]
-    if odd := next((i for i, n in enumerate(axes) if n != axes[0] or n > 1), None):
+    for odd in (i for i, n in enumerate(axes) if n != axes[0] or n > 1):
         raise FieldError(
             f"pad_collate: sample {odd}: reward has {axes[odd]} axes, that of sample 0 {axes[0]}; expected 0 of all "
             "(transitions) or 1 of all (sequences). All samples of a batch come from one unit."
