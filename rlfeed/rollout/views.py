@@ -114,7 +114,7 @@ def block_batch(steps: Sequence[Step], context: PolicyContext, ready: Ready) -> 
         is_first=series("is_first"),
         mask=mask,
         loss_mask=mask.clone(),
-        lengths=mask.sum(dim=1),
+        lengths=torch.full((len(mask),), len(steps)),  # nothing is padding: a step that was lost is only masked
         carry=map_nest(to_tensor, steps[0].carry),
         prev_action=map_nest(lambda leaf: torch.from_numpy(leaf.copy()), context.prev_action),
         prev_reward=torch.from_numpy(context.prev_reward.copy()),

@@ -151,6 +151,14 @@ def test_rollout_lost_row_cuts_its_episode_and_counts_neither_step_nor_episode()
     assert (rollout.statistics.episodes, rollout.statistics.lost) == (0, 2)
 
 
+def test_blocks_lost_row_is_masked_but_no_padding_so_that_packing_keeps_what_follows():
+    envs = LosesRows([IdentifiableEnv(env, lengths=(50,)) for env in range(2)])
+    batch = next(Rollout(envs, Counter("array")).blocks(6))
+    assert batch.mask.tolist() == [[True] * 6, [True, True, True, False, True, True]]
+    assert batch.lengths.tolist() == [6, 6]
+    assert torch.equal(batch.packed().mask, batch.mask.flatten())
+
+
 def test_rollout_module_in_training_mode_acts_in_evaluation_mode_and_is_restored():
     class Dropping(torch.nn.Module):
         def __init__(self):
