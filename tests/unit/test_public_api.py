@@ -38,7 +38,7 @@ SIGNATURES = {
     "Mixture": "(samplers)",
     "Limiter": "(samples_per_insert, min_size, tolerance)",
     "ReplayDataset": "(buffer, unit, *, batch_size=None, transform=None, limiter=None, seed=0)",
-    "pad_collate": "(samples)",
+    "pad_collate": "(samples, *, padding_value=0.0, pad_to_multiple_of=None, layout='padded')",
     "make_loader": "(buffer, unit, *, batch_size, num_workers=0, lookahead=4, limiter=None, transform=None, "
     "on_worker_death='raise', timeout_s=60.0, seed=0, rank=0)",
     "DeviceFeed": "(loader, device='auto', *, depth=2, static_buffers=False)",
@@ -70,6 +70,9 @@ METHODS = {
     "Batch.to": "(self, device, non_blocking=False)",
     "Batch.pin_memory": "(self)",
     "Batch.clone": "(self)",
+    "Batch.padded": "(self, *, multiple_of=1, padding_value=0.0)",
+    "Batch.packed": "(self)",
+    "Batch.jagged": "(self, name)",
 }
 
 
