@@ -8,23 +8,21 @@ Without a batch size the dataset yields *handles*: promises of one draw that cos
 knows from their numbers which batch they are, and gathers that batch once, instead of B times one row.
 """
 
-import mmap
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from rlfeed.errors import ConfigError, FeedTimeoutError, FieldError, NotEnoughDataError, UnsupportedError
+from rlfeed.feed.turns import Turns
 from rlfeed.nest import Nest, map_nest
 from rlfeed.replay.buffer import ReplayBuffer
 from rlfeed.replay.limiter import Limiter
-from rlfeed.replay.memory import Memory
 from rlfeed.replay.readers import allocate_private
 from rlfeed.replay.samplers import stream_key
 from rlfeed.replay.units import Unit
@@ -67,7 +65,7 @@ class ReplayDataset(IterableDataset[Any]):
             raise ConfigError(f"ReplayDataset: batch_size is {batch_size}; expected at least 1, or None.")
         if seed < 0:
             raise ConfigError(f"ReplayDataset: seed is {seed}; expected at least 0.")
-        self._turns = _Turns()
+        self._turns = Turns()
         buffer.unit_sampler(unit)  # refuses a unit that does not fit, now rather than in a worker
         self.buffer, self.unit, self.batch_size, self.transform, self.seed = buffer, unit, batch_size, transform, seed
         if limiter is not None:
@@ -95,47 +93,6 @@ class ReplayDataset(IterableDataset[Any]):
         self._turns.restart(int(state.get("turn", 0)), int(state["draw"]))
 
 
-class _Turns:
-    """Number the iterators over a dataset, in whatever processes they live: each turn has draws of its own.
-
-    Without it, a loop that begins a new iterator every epoch would be given the same draws every epoch. The workers of
-    one turn agree on its number in a page of shared memory; the seed that torch gives them tells them who belongs
-    together, and a turn that has all its workers is joined by nobody else.
-    """
-
-    _OPEN = 64  # turns that may be waiting for workers at a time
-
-    def __init__(self) -> None:
-        self._memory = Memory("shared", mmap.PAGESIZE)
-        self.restart(0, 0)
-
-    def _page(self) -> np.ndarray:
-        return self._memory.bytes[: (3 + 3 * self._OPEN) * 8].view(np.int64)
-
-    def begin(self, identity: int, workers: int) -> tuple[int, int]:
-        """Give an iterator's turn and its first draw."""
-        with self._memory.locked():
-            page = self._page()
-            turns = page[3:].reshape(-1, 3)  # identity, turn, workers still to come
-            mine = next((line for line in turns if line[0] == identity and line[2] > 0), None)
-            if mine is None:
-                mine = turns[page[0] % self._OPEN]
-                mine[:] = identity, page[0], workers
-                page[0] += 1
-            mine[2] -= 1
-            turn = int(mine[1])
-            return turn, int(page[2]) if turn == page[1] else 0
-
-    def restart(self, turn: int, draw: int) -> None:
-        with self._memory.locked():
-            self._page()[:] = 0
-            self._page()[:3] = turn, turn, draw  # the next turn; the turn that begins at a draw, and that draw
-
-    def upcoming(self) -> tuple[int, int]:
-        turn, first, draw = (int(word) for word in self._page()[:3])
-        return turn, draw if turn == first else 0
-
-
 class _Stream:
     """One worker's share of the draws: an iterator of handles, or of batches."""
 
@@ -149,8 +106,7 @@ class _Stream:
                 f"ReplayDataset: the buffer has storage={dataset.buffer.storage_kind!r} and the DataLoader has "
                 "workers; expected storage that workers see grow. Use storage='shared', or num_workers=0."
             )
-        identity = worker.seed - worker.id if worker else 0
-        turn, self.first_draw = dataset._turns.begin(identity, self.num_workers)
+        turn, self.first_draw = dataset._turns.begin()
         self.key = stream_key(dataset.seed, "loader", turn=turn)
         self.sampler = dataset.buffer.unit_sampler(dataset.unit)
         self._next = 0

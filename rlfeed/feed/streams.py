@@ -1,12 +1,18 @@
-"""Streams beside the infinite one: a finite loader that goes on for ever, one exact pass, a user's own generator."""
+"""Streams beside the infinite one: a finite loader that goes on for ever, and a user's own generator."""
 
-from collections.abc import Callable, Iterable, Iterator
+import inspect
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
-from rlfeed.errors import ConfigError, UnsupportedError
-from rlfeed.replay.buffer import ReplayBuffer
-from rlfeed.replay.units import Unit
-from rlfeed.types import Batch
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from rlfeed.errors import ConfigError
+from rlfeed.feed.turns import Turns
+from rlfeed.replay.samplers import stream_key, subkey
+
+Factory = Callable[[int, int, int], Generator[Any, None, None]]
+_WANTED = "expected a generator function, called as factory(worker_id, num_workers, seed) once in each worker"
 
 
 def cycle(loader: Iterable[Any]) -> Iterator[Any]:
@@ -33,45 +39,115 @@ def cycle(loader: Iterable[Any]) -> Iterator[Any]:
             )
 
 
-def epoch(
-    buffer: ReplayBuffer,
-    unit: Unit,
-    batch_size: int,
+def stream(
+    factory: Factory,
     *,
-    shuffle: bool = True,
-    drop_last: bool = False,
-    num_workers: int = 0,
-) -> Iterator[Batch]:
-    """Go through what a buffer holds once: each stored step exactly once.
+    transform: Callable[[Any], Any] | None = None,
+    shuffle_buffer: int = 0,
+    seed: int = 0,
+) -> "Stream":
+    """Make an `IterableDataset` of a generator function, for torch's `DataLoader`.
 
     Args:
-        buffer: What to go through.
-        unit: What a start becomes.
-        batch_size: B >= 1.
-        shuffle: In random order.
-        drop_last: Leave out a last batch that is not full.
-        num_workers: Processes that gather.
+        factory: Called as ``factory(worker_id, num_workers, seed)``, once in each worker for each pass (0, 1 and a seed
+            without workers). It returns a generator, finite or not, of this worker's share of the items. The seed, 0 ..
+            2^63 - 1, is another one in every worker and every pass, and does not depend on the global random state.
+        transform: Applied to each item, in the worker.
+        shuffle_buffer: Items kept back to give them in random order: each that comes takes the place of one drawn at
+            random, which is given; the rest follows at the end. 0 keeps the order.
+        seed: Of the factory's seeds and of the random order, >= 0.
 
     Returns:
-        The batches of one pass.
+        The dataset. Where items are whole batches, give the loader ``batch_size=None``.
 
     Raises:
-        UnsupportedError: In this version.
+        ConfigError: If the factory is no such function, or an argument is wrong; all findings at once.
     """
-    asked = f"{buffer!r}, {unit}, {batch_size}, shuffle={shuffle}, drop_last={drop_last}, num_workers={num_workers}"
-    raise UnsupportedError(f"epoch({asked}): is not served by this version. Draw with ReplayDataset.")
+    wrong = _faults(factory)
+    if transform is not None and not callable(transform):
+        wrong.append(f"transform is a {type(transform).__name__}; expected a function of one item")
+    for name, value in (("shuffle_buffer", shuffle_buffer), ("seed", seed)):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 0:
+            wrong.append(f"{name} is {value!r}; expected an int >= 0")
+    if wrong:
+        raise ConfigError(f"stream: {'; '.join(wrong)}.")
+    return Stream(factory, transform, int(shuffle_buffer), int(seed))
 
 
-def stream(factory: Callable[..., Iterator[Any]]) -> Any:
-    """Make an `IterableDataset` of a generator function, called once in each worker.
+class Stream(IterableDataset[Any]):
+    """Run a generator function in each worker; made by `stream`.
 
     Args:
-        factory: Called with the worker's id, the number of workers and a seed.
-
-    Returns:
-        The dataset.
-
-    Raises:
-        UnsupportedError: In this version.
+        factory: The function.
+        transform: Applied to each item.
+        shuffle_buffer: Items kept back.
+        seed: Of the seeds.
     """
-    raise UnsupportedError(f"stream({factory!r}): is not served by this version. Write an IterableDataset of your own.")
+
+    def __init__(
+        self, factory: Factory, transform: Callable[[Any], Any] | None, shuffle_buffer: int, seed: int
+    ) -> None:
+        self._factory, self._transform, self._shuffle_buffer, self._seed = factory, transform, shuffle_buffer, seed
+        self._turns = Turns()
+
+    def __getstate__(self) -> dict[str, Any]:
+        for name, function in (("factory", self._factory), ("transform", self._transform)):
+            if _is_local(function):
+                raise ConfigError(
+                    f"stream: {name} is {function!r}, which cannot be sent to another process; expected a function "
+                    "that a module defines by name. Define it with def outside of functions, or give the DataLoader "
+                    "multiprocessing_context='fork'."
+                )
+        return self.__dict__
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator itself: a StopIteration that escapes from the transform is an error here, and not the end.
+        worker, (turn, _) = get_worker_info(), self._turns.begin()
+        worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        key = stream_key(self._seed, "stream", rank=worker_id, turn=turn)
+        items = self._factory(worker_id, num_workers, key & (1 << 63) - 1)
+        if not inspect.isgenerator(items):
+            raise ConfigError(
+                f"stream: factory returned a {type(items).__name__}; expected a generator: in anything else a "
+                "StopIteration by mistake would end the stream in silence. Write a function with yield, such as "
+                "def factory(worker_id, num_workers, seed): yield from ..."
+            )
+        for item in self._shuffled(items, subkey(key, 0)) if self._shuffle_buffer else items:
+            yield item if self._transform is None else self._transform(item)
+
+    def _shuffled(self, items: Iterable[Any], key: int) -> Iterator[Any]:
+        generator = np.random.Generator(np.random.Philox(key=key & (1 << 64) - 1))
+        kept: list[Any] = []
+        for item in items:
+            if len(kept) == self._shuffle_buffer:
+                place = int(generator.integers(len(kept)))
+                yield kept[place]
+                kept[place] = item
+            else:
+                kept.append(item)
+        for place in generator.permutation(len(kept)):
+            yield kept[place]
+
+
+def _faults(factory: Any) -> list[str]:
+    """Say why something is no factory, and what to give instead."""
+    name = type(factory).__name__
+    if inspect.isgenerator(factory):
+        return [f"factory is a generator, which one worker alone could use up; {_WANTED}. Give the function itself"]
+    if inspect.isclass(factory) or (not callable(factory) and hasattr(factory, "__iter__")):
+        name = factory.__name__ if inspect.isclass(factory) else name
+        return [f"factory is {name}, which has __iter__; {_WANTED}. Give a function that yields from it"]
+    if not callable(factory):
+        return [f"factory is a {name}; {_WANTED}"]
+    try:
+        inspect.signature(factory).bind(0, 1, 0)
+    except TypeError as error:
+        return [f"factory does not take three arguments ({error}); {_WANTED}"]
+    except ValueError:  # built-in functions do not say what they take
+        pass
+    return []
+
+
+def _is_local(function: Any) -> bool:
+    """Tell whether another process could not find a function by its name."""
+    return "<" in getattr(getattr(function, "func", function), "__qualname__", "")  # <lambda>, <locals>

@@ -26,6 +26,7 @@ from rlfeed.replay.samplers import (
     sampler_to_json,
     stream_key,
 )
+from rlfeed.replay.snapshot import Snapshot
 from rlfeed.replay.stats import DRAWERS, ReplayStats, count_stats
 from rlfeed.replay.storage import Storage
 from rlfeed.replay.unit_sampler import UnitSampler, unit_sampler_for
@@ -257,6 +258,17 @@ class ReplayBuffer:
             found = unit_sampler_for(self._storage, self.sampler, unit, self._priorities)
             self._unit_samplers[unit] = found
         return found
+
+    def snapshot(self, unit: Unit) -> Snapshot:
+        """List what is stored now as samples of a unit that hold each step once: what `rlfeed.feed.epoch` gives.
+
+        Args:
+            unit: Transition, Sequence or Episode.
+
+        Returns:
+            The samples; see `Snapshot`.
+        """
+        return Snapshot(self._storage, unit)
 
     def sample(self, batch_size: int, unit: Unit) -> Batch:
         """Draw samples now, in this process.

@@ -116,7 +116,7 @@ class TransitionReader(Reader):
             )
             if len(carved.stacks):
                 passes = todo.copy()
-                stale = k.gather_stacks(plan, self._rule, carved.stacks, address, ids, limits, passes, unit.n_step)
+                stale = self._gather_stacks(carved.stacks, address, draws, passes)
             if goals is not None:
                 passes = todo.copy()
                 stale = goals.gather(passes)
@@ -128,6 +128,9 @@ class TransitionReader(Reader):
         if goals is not None:
             goals.reward(batch)
         return batch
+
+    def _gather_stacks(self, fields: np.ndarray, address: int, draws: Draws, todo: np.ndarray) -> int:
+        return k.gather_stacks(self._plan, self._rule, fields, address, draws.ids, draws.limits, todo, self.unit.n_step)
 
 
 class WindowReader(Reader):
@@ -161,13 +164,12 @@ class WindowReader(Reader):
 
     def collect(self, draws: Draws, again: Redraw, allocate: Allocate) -> Batch:
         """Gather what was drawn into one block; see `Reader.collect`."""
-        ids, limits, unit = draws.ids, draws.limits, self.unit
+        ids, unit = draws.ids, self.unit
         count, windows = len(ids), np.empty((len(ids), k.WINDOW_SIZE), np.int64)
-        length, burn_in = (unit.length, unit.burn_in) if isinstance(unit, Sequence) else (WHOLE, 0)
         todo, longest, carved, block = np.arange(count), 0, self._carver.carve(count, 0), allocate(0)
         while len(todo):
             found = todo.copy()
-            while stale := k.resolve_windows(self._plan, self._rule, ids, limits, found, length, burn_in, windows):
+            while stale := self._resolve(draws, found, windows):
                 found = found[:stale]
                 again(found)
             if windows[:, k.EXTENT].max() > longest:  # first, and where a window drawn again is longer than all before
@@ -182,6 +184,11 @@ class WindowReader(Reader):
             if stale:
                 again(todo)
         return Batch.carve(block, carved.layout, plain=allocate is allocate_private)
+
+    def _resolve(self, draws: Draws, todo: np.ndarray, windows: np.ndarray) -> int:
+        unit = self.unit
+        length, burn_in = (unit.length, unit.burn_in) if isinstance(unit, Sequence) else (WHOLE, 0)
+        return k.resolve_windows(self._plan, self._rule, draws.ids, draws.limits, todo, length, burn_in, windows)
 
     def _check_length(self, longest: int) -> None:
         most = self.unit.max_length if isinstance(self.unit, Episode) else None

@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float64, Int64
 
 from rlfeed.errors import ConfigError, FieldError
 
-Stream = Literal["sample", "loader"]
+Stream = Literal["sample", "loader", "epoch", "stream"]
 Strategy = Literal["future", "final", "episode"]
-_STREAMS: dict[Stream, int] = {"sample": 0, "loader": 1}
+_STREAMS: dict[Stream, int] = {"sample": 0, "loader": 1, "epoch": 2, "stream": 3}
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ the GIL. Each has a slow and obvious twin in the tests.
     stacks   rows to stacks of frames
     goals    goals in hindsight
     windows  rows to padded windows of steps
+    epochs   each stored step once
     objects  arrays and tuples by address
     lanes    owners, reservations, cuts
     write    steps to rows
@@ -20,6 +21,7 @@ the GIL. Each has a slow and obvious twin in the tests.
 """
 
 from rlfeed.replay.kernels.draw import draw_episodes, draw_steps
+from rlfeed.replay.kernels.epochs import gather_stored_stacks, list_windows
 from rlfeed.replay.kernels.gather import gather_transitions
 from rlfeed.replay.kernels.goals import (
     DESIRED,
@@ -94,7 +96,16 @@ from rlfeed.replay.kernels.rows import (
 from rlfeed.replay.kernels.stacks import gather_stacks
 from rlfeed.replay.kernels.starts import ALIGNED, BACK, CROSS, ENDED, GRID, NEED, PLAIN, RULE_SIZE, STRICT, WHOLE
 from rlfeed.replay.kernels.tree import check_updates, fold, is_behind, rebuild, set_priorities
-from rlfeed.replay.kernels.windows import EXTENT, WINDOW_SIZE, gather_windows, resolve_windows
+from rlfeed.replay.kernels.windows import (
+    BEGIN,
+    BURN_IN,
+    EXTENT,
+    OLDEST,
+    ORIGIN,
+    WINDOW_SIZE,
+    gather_windows,
+    resolve_windows,
+)
 from rlfeed.replay.kernels.write import (
     BAD_PRIORITY,
     BAD_REWARD,
@@ -123,6 +134,8 @@ __all__ = [
     "BAD_PRIORITY",
     "BAD_REWARD",
     "BASE",
+    "BEGIN",
+    "BURN_IN",
     "CARRY_ENTRIES",
     "CARRY_EVERY",
     "CLOSING",
@@ -161,7 +174,9 @@ __all__ = [
     "NO_START",
     "NUMBER",
     "N_STEP",
+    "OLDEST",
     "ORDER_SIZE",
+    "ORIGIN",
     "OTHER",
     "OVERLAY",
     "OVERLAY_PITCH",
@@ -220,10 +235,12 @@ __all__ = [
     "fold",
     "free_lane",
     "gather_stacks",
+    "gather_stored_stacks",
     "gather_transitions",
     "gather_windows",
     "is_behind",
     "kind_word",
+    "list_windows",
     "rebuild",
     "relabel_goals",
     "reserved_head",
