@@ -1,4 +1,4 @@
-"""A finite pass gives every stored step exactly once, as it is stored: any unit, any streams, at every fill level (I8)."""
+"""A finite pass gives every stored step exactly once, as it is stored: any unit, any streams, any fill level (I8)."""
 
 import numpy as np
 import pytest
