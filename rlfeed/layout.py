@@ -49,12 +49,12 @@ class Layout:
         for s in slots:
             paths, lines = self._plan.setdefault(s.name, ([], []))
             paths.append(s.path)
-            as_numpy, start = torch.empty(0, dtype=s.dtype).numpy().dtype, s.offset // s.dtype.itemsize
+            as_numpy, start = _as_numpy(s.dtype), s.offset // s.dtype.itemsize
             apart = None if s.strides is None else tuple(n * s.dtype.itemsize for n in s.strides)
             lines.append((s.shape, s.offset, as_numpy, s.dtype, s.strides or _strides(s.shape), start, apart))
         # What np.ndarray asks for, of the fields that are one tensor: `_Look` has no time for more.
         alone = {name: lines[0] for name, (paths, lines) in self._plan.items() if paths == [()]}
-        self.single = {name: (line[0], line[2], line[1], line[6]) for name, line in alone.items()}
+        self.single = {n: (x[0], x[2], x[1], x[6]) for n, x in alone.items() if _is_of(x[2], x[3])}
 
     @classmethod
     def of(cls, leaves: Iterable[tuple[str, Path, torch.dtype, tuple[int, ...]]]) -> "Layout":
@@ -109,7 +109,20 @@ class Layout:
         """
         paths, lines = self._plan[name]
         views = [torch.from_numpy(np.ndarray(line[0], line[2], memory, line[1], line[6])) for line in lines]
+        views = [v if v.dtype == line[3] else v.view(line[3]) for v, line in zip(views, lines, strict=True)]
         return build(zip(paths, views, strict=True)) if paths[0] else views[0]
+
+
+def _as_numpy(dtype: torch.dtype) -> np.dtype:
+    """Give NumPy's dtype, or one as wide where it has none (bfloat16)."""
+    try:
+        return torch.empty(0, dtype=dtype).numpy().dtype
+    except TypeError:
+        return np.dtype(f"i{dtype.itemsize}")
+
+
+def _is_of(as_numpy: np.dtype, dtype: torch.dtype) -> bool:
+    return torch.from_numpy(np.empty(0, as_numpy)).dtype == dtype
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:

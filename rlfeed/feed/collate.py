@@ -138,8 +138,11 @@ def _with_defaults(samples: list[Sample]) -> tuple[list[Sample], list[int]]:
     if np.ndim(samples[0]["reward"]) == 0:
         return [{"terminated": np.False_, "truncated": np.False_, **sample} for sample in samples], []
     lengths = [int(sample["lengths"] if "lengths" in sample else len(sample["reward"])) for sample in samples]
-    if not any(lengths):
-        raise FieldError(f"pad_collate: the lengths of all {len(lengths)} samples are 0; expected at least one step.")
+    if min(lengths) < 0 or not any(lengths):
+        raise FieldError(
+            f"pad_collate: the lengths of all {len(lengths)} samples are {min(lengths)} .. {max(lengths)}; expected "
+            "0 or more, and at least one step."
+        )
     yes, no = np.ones(max(lengths), bool), np.zeros(max(lengths), bool)
     filled: list[Sample] = []
     for sample, n in zip(samples, lengths, strict=True):
@@ -152,15 +155,24 @@ def _with_defaults(samples: list[Sample]) -> tuple[list[Sample], list[int]]:
 def _arrays(name: str, samples: list[Sample]) -> list[tuple[Path, list[np.ndarray]]]:
     """Give the arrays of a field, leaf by leaf, one of each sample."""
     first, found = samples[0][name], []
+
+    def add(*parts: Any) -> None:
+        found.append([part if type(part) is np.ndarray else _array(name, part) for part in parts])
+
     if isinstance(first, dict | tuple):
         for i, sample in enumerate(samples):
             map_nest(lambda *_: None, first, sample[name], where=f"pad_collate: sample {i}: {name}")
-    map_nest(lambda *parts: found.append([_array(part) for part in parts]), *(sample[name] for sample in samples))
+    map_nest(add, *(sample[name] for sample in samples))
     return list(zip([path for path, _ in leaves(first)], found, strict=True))
 
 
-def _array(value: Any) -> np.ndarray:
-    return np.asarray(value) if isinstance(value, np.ndarray | np.generic) else torch.as_tensor(value).numpy(force=True)
+def _array(name: str, value: Any) -> np.ndarray:
+    if isinstance(value, np.generic):
+        return np.asarray(value)
+    try:
+        return torch.as_tensor(value).numpy(force=True)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FieldError(f"pad_collate: {name} has {value!r:.60}; expected arrays that NumPy can hold.") from error
 
 
 def _check(where: str, parts: list[np.ndarray], counts: list[int], exact: bool) -> torch.dtype:

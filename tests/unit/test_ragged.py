@@ -117,7 +117,7 @@ def test_padded_again_has_the_padding_of_the_last_time():
     assert_same(again, sequences().padded(multiple_of=2))
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.uint16, torch.uint64, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.uint16, torch.uint64, torch.bfloat16, torch.float64])
 def test_padded_and_packed_keep_dtypes(dtype):
     batch = sequences(dtype=dtype)
     for made in (batch.packed(), batch.padded(multiple_of=2), batch.packed().padded()):

@@ -13,6 +13,7 @@ from support.batches import assert_same
 from support.replay_twin import ReplayTwin, make_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlfeed.layout import Layout
 from rlfeed.nest import leaves
 from rlfeed.replay import Episode, ReplayBuffer, Transition
 from rlfeed.types import Batch
@@ -162,6 +163,19 @@ class TorchCalls(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(func._schema.name.removeprefix("aten::"))
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["numpy", "torch"])
+def test_batch_field_of_a_dtype_that_numpy_lacks_is_carved_all_the_same(plain):
+    numbers = torch.arange(4.0).bfloat16()
+    fields = [("reward", ()), ("observation", ("x",))]
+    layout = Layout.of([(name, path, torch.bfloat16, (4,)) for name, path in fields])
+    block = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    batch = Batch.carve(block, layout, plain=plain)
+    for tensor in (batch.reward, batch.observation["x"]):
+        tensor.copy_(numbers)
+    assert torch.equal(block[:8], numbers.view(torch.uint8))
+    assert torch.equal(block[64:72], numbers.view(torch.uint8))
 
 
 def test_batch_unknown_field_is_an_attribute_error(batch):
