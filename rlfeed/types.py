@@ -156,8 +156,12 @@ class Batch(Ragged):
         self.__dict__[name] = value
         return value
 
-    def _whole(self) -> tuple[Tensor, Layout] | None:
-        """Give the block and its layout while they are all there is: fields are frozen, but a dict may be edited."""
+    def block_and_layout(self) -> tuple[Tensor, Layout] | None:
+        """Give the block and its layout while they are all there is: fields are frozen, but a dict may be edited.
+
+        Returns:
+            uint8 memory and where each field lies in it; None where fields lie elsewhere.
+        """
         block, layout = self._block, self._layout
         if block is None or layout is None:
             return None
@@ -177,7 +181,7 @@ class Batch(Ragged):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # One tensor crosses a process boundary instead of fifteen: torch's worker queue costs 215 us for each.
-        if whole := self._whole():
+        if whole := self.block_and_layout():
             block, layout = whole
             ids = self.ids
             if ids is not None and ids.untyped_storage().data_ptr() == block.untyped_storage().data_ptr():
@@ -220,13 +224,14 @@ class Batch(Ragged):
             copy: Makes a copy of a tensor, of the same shape and dtype, perhaps elsewhere.
 
         Returns:
-            The copy.
+            The copy; it holds nothing of this batch's memory.
         """
-        if whole := self._whole():
-            return Batch.carve(copy(whole[0]), whole[1], self.ids)
-        copied = self.map(copy)
-        object.__setattr__(copied, "ids", self.ids)
-        return copied
+        ids = None if self.ids is None else self.ids.clone()  # a view would keep a whole batch slot from being used
+        if whole := self.block_and_layout():
+            return Batch.carve(copy(whole[0]), whole[1], ids)
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "ids"}
+        moved = {name: None if value is None else map_nest(copy, value) for name, value in moved.items()}
+        return _rebuild({"ids": ids, **moved})
 
     def recarve(self, move: Callable[[Tensor, Layout], tuple[Tensor, Layout]]) -> "Batch":
         """Put a batch that lies in one block into another one, of another layout; ``ids`` stay where they are.
@@ -240,7 +245,7 @@ class Batch(Ragged):
         Raises:
             FieldError: If its fields do not lie in one block.
         """
-        if whole := self._whole():
+        if whole := self.block_and_layout():
             return Batch.carve(*move(*whole), self.ids)
         raise FieldError("Batch.recarve: the fields do not lie in one block; expected a batch as the replay gave it.")
 
@@ -252,7 +257,7 @@ class Batch(Ragged):
         """
         if self._any().device.type != "cpu":
             return self
-        if whole := self._whole():
+        if whole := self.block_and_layout():
             return Batch.carve(whole[0].pin_memory(), whole[1])
         return self.map(lambda tensor: tensor.pin_memory())
 
@@ -270,7 +275,7 @@ class Batch(Ragged):
         Returns:
             The copy, with the same layout.
         """
-        if whole := self._whole():
+        if whole := self.block_and_layout():
             ids = None if self.ids is None else self.ids.clone()
             return Batch.carve(whole[0].clone(), whole[1], ids)
         return self.map(lambda tensor: tensor.clone())

@@ -1,32 +1,49 @@
 """The last leg: batches on the learner's device, with the next copies under way while the learner computes."""
 
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from rlfeed.errors import ConfigError, DeviceError, UnsupportedError
-from rlfeed.nest import map_nest
+from rlfeed.errors import ConfigError, DeviceError, FeedTimeoutError, NotEnoughDataError, UnsupportedError
+from rlfeed.feed.engines import engine_for
+from rlfeed.feed.transfers import Transfers
 from rlfeed.types import Batch
+
+_NOTHING = object()
 
 
 @dataclass(frozen=True, slots=True)
 class FeedStats:
-    """Count what a feed delivered and how long its consumer waited.
+    """Count what a feed delivered, how long its consumer waited, and what crossed to the device.
 
     Args:
         delivered: Batches handed to the consumer.
-        in_flight: Batches copied or being copied, not handed over yet.
+        in_flight: Batches taken from the loader and not handed over yet.
         wait_s: Seconds the consumer spent waiting, in all.
+        transfers: Copies to the device.
+        copied_bytes: What they copied, bytes.
     """
 
     delivered: int
     in_flight: int
     wait_s: float
+    transfers: int
+    copied_bytes: int
+
+    @property
+    def bytes_per_transfer(self) -> float:
+        """Tell how large a transfer was.
+
+        Returns:
+            Bytes, on average; 0 where there was none.
+        """
+        return self.copied_bytes / max(self.transfers, 1)
 
 
 def choose_device(name: str = "auto") -> tuple[torch.device, str]:
@@ -62,135 +79,20 @@ def choose_device(name: str = "auto") -> tuple[torch.device, str]:
     return device, "as asked for"
 
 
-class CopyEngine(Protocol):
-    """Copy batches to a device, asynchronously where it can."""
-
-    reads_ahead: bool
-
-    def start(self, source: Any) -> tuple[Any, Any]:
-        """Begin a copy.
-
-        Args:
-            source: The batch in host memory.
-
-        Returns:
-            The batch on the device, not to be read yet, and what tells when it may be.
-        """
-        ...
-
-    def wait(self, ticket: Any) -> None:
-        """Make the consumer's work that follows wait for a copy.
-
-        Args:
-            ticket: From `start`.
-        """
-        ...
-
-    def is_over(self, ticket: Any) -> bool:
-        """Tell whether a copy is over, so that its source may go.
-
-        Args:
-            ticket: From `start`.
-
-        Returns:
-            True where it is.
-        """
-        ...
-
-
-class DirectEngine:
-    """Hand batches over where they are (CPU), or copy them at once (devices without streams).
-
-    Args:
-        device: Where to.
-    """
-
-    reads_ahead = False
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def start(self, source: Any) -> tuple[Any, Any]:
-        """Copy now; see `CopyEngine.start`."""
-        return _move(source, self._device, non_blocking=False), None
-
-    def wait(self, ticket: Any) -> None:
-        """Do nothing: the copy is over."""
-
-    def is_over(self, ticket: Any) -> bool:
-        """Tell that the copy is over; see `CopyEngine.is_over`."""
-        return True
-
-
-class StreamEngine:
-    """Copy on a side stream of its own, from pinned memory, in one transfer a batch.
-
-    The block on the device is allocated on the consumer's stream, so that it is freed by the usual rules; the side
-    stream waits for what the consumer did with that memory before, and the consumer waits for the copy.
-
-    Args:
-        device: Where to.
-    """
-
-    reads_ahead = True
-
-    def __init__(self, device: torch.device) -> None:
-        index = device.index if device.index is not None else torch.accelerator.current_device_index()
-        self._device = torch.device(device.type, index)
-        self._side = torch.Stream(device=self._device)
-
-    def start(self, source: Any) -> tuple[Any, Any]:
-        """Begin a copy on the side stream; see `CopyEngine.start`."""
-        consumer = torch.accelerator.current_stream(self._device)
-        self._side.wait_stream(consumer)
-        pinned = source if _is_pinned(source) else _map(source, lambda t: t.pin_memory(), Batch.pin_memory)
-
-        current = torch.accelerator.current_device_index()
-
-        def copy(tensor: Tensor) -> Tensor:
-            target = torch.empty_like(tensor, device=self._device)
-            self._side.wait_stream(consumer)
-            torch.accelerator.set_stream(self._side)
-            try:
-                return target.copy_(tensor, non_blocking=True)
-            finally:
-                torch.accelerator.set_stream(consumer)
-                torch.accelerator.set_device_index(current)
-
-        moved = _map(pinned, copy, lambda batch: batch.through(copy))
-        return moved, (self._side.record_event(), pinned)
-
-    def wait(self, ticket: Any) -> None:
-        """Make the consumer's stream wait for the copy; see `CopyEngine.wait`."""
-        torch.accelerator.current_stream(self._device).wait_event(ticket[0])
-
-    def is_over(self, ticket: Any) -> bool:
-        """Tell whether the copy is over; see `CopyEngine.is_over`."""
-        return ticket[0].query()
-
-
-def engine_for(device: torch.device) -> CopyEngine:
-    """Choose how batches reach a device.
-
-    Args:
-        device: Where to.
-
-    Returns:
-        A stream of its own where the device has streams, else direct copies.
-    """
-    return StreamEngine(device) if device.type in ("cuda", "xpu") else DirectEngine(device)
-
-
 class DeviceFeed:
     """Iterate over a loader's batches on the learner's device.
 
-    One feed is one pass: iterate over it as often as you like, it goes on where it stopped.
+    One feed is one pass: iterate over it as often as you like, it goes on where it stopped. Call `next` on the stream
+    that uses the batches, always the same one; then the ordinary rules of PyTorch hold for their memory.
 
     Args:
-        loader: Anything that gives batches: a DataLoader, a ReplayLoader, a list of tensors.
+        loader: Anything that gives batches: a ReplayLoader, a DataLoader, a list. What it gives may be a `Batch`, a
+            tensor, or dicts, lists, tuples and dataclasses of tensors; what is no tensor comes along as it is.
         device: ``"auto"``, or a torch device.
-        depth: Batches under way ahead of the consumer, >= 1; where the device has no streams (CPU) none are.
-        static_buffers: Give every batch in the same few buffers, for CUDA graphs.
+        depth: Batches under way ahead of the consumer, >= 1; where the device has no streams (CPU, MPS) none are.
+        static_buffers: Give every batch in one of ``depth + 1`` places, in turn, so that CUDA graphs find it at one of
+            so many addresses (on CPU and MPS: at one). A batch is valid until the call of `next` that follows, and all
+            must have one shape. Ids, on the CPU, are each batch's own.
 
     Raises:
         DeviceError: If the device is not there.
@@ -207,101 +109,136 @@ class DeviceFeed:
     ) -> None:
         if depth < 1:
             raise ConfigError(f"DeviceFeed: depth is {depth}; expected at least 1.")
-        if static_buffers:
-            raise UnsupportedError("DeviceFeed: static_buffers is True; expected False in this version.")
-        self.device, _ = choose_device(str(device))
-        self._loader, self._source = loader, None
+        self.device, self.reason = choose_device(str(device))
         self._engine = engine_for(self.device)
-        self._depth = depth if self._engine.reads_ahead else 1
-        self._ready: deque[tuple[Any, Any]] = deque()
-        self._copying: deque[Any] = deque()
+        self._depth = depth if self._engine.reads_ahead else 0
+        self._transfers = Transfers(self._engine, self._depth, static=static_buffers)
+        self._loader, self._source, self._ended = loader, None, False
+        self._taken: Any = _NOTHING  # from the loader, its copy not begun
         self._delivered, self._wait_s = 0, 0.0
         self._failure: BaseException | None = None
+        weakref.finalize(self, self._transfers.close)  # memory goes to others: not while copies use it
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
         begin = time.monotonic()
-        if self._source is None:
-            self._source = iter(self._loader)
         # One more than the depth: its copy runs while the consumer computes on the batch that is handed over now.
-        while len(self._ready) < self._depth + self._engine.reads_ahead and self._start():
+        while len(self._transfers) <= self._depth and self._start():
             pass
-        if not self._ready:
+        if not len(self._transfers):
             failure, self._failure = self._failure, None
             raise failure or StopIteration
-        batch, ticket = self._ready.popleft()
-        self._engine.wait(ticket)
-        if hasattr(self._loader, "batches_ahead"):
-            self._loader.batches_ahead = len(self._ready)  # pyright: ignore[reportAttributeAccessIssue]
-        while self._copying and self._engine.is_over(self._copying[0]):
-            self._copying.popleft()
+        batch = self._transfers.take()
+        self._tell_loader()
         self._delivered += 1
         self._wait_s += time.monotonic() - begin
         return batch
 
     def _start(self) -> bool:
-        if self._source is None or self._failure is not None:
+        """Begin one more transfer; False where the loader has nothing now."""
+        if self._ended or self._failure is not None:
             return False
         try:
-            source = next(self._source, None)
+            if self._source is None:
+                self._source = self._open()
+            if self._taken is _NOTHING:
+                self._transfers.make_room()  # before the loader is asked: it may need the memory that is let go
+                self._taken = next(self._source, _NOTHING)
+                self._ended = self._taken is _NOTHING
+            if self._ended:
+                return False
+            self._tell_loader()
+            self._transfers.start(self._taken)
         except Exception as error:
-            if not self._ready:
+            if not len(self._transfers):
                 raise
-            self._failure = error  # raised in its place, after the batches before it
+            # It is raised in its place, after the batches before it; what time mends is asked for again then.
+            self._failure = None if isinstance(error, NotEnoughDataError | FeedTimeoutError) else error
             return False
-        if source is None:
-            return False
-        batch, ticket = self._engine.start(source)
-        self._ready.append((batch, ticket))
-        self._copying.append(ticket)  # holds the source until its copy is over
+        self._taken = _NOTHING
         return True
 
-    def __del__(self) -> None:
-        for _, ticket in getattr(self, "_ready", ()):  # their memory goes to others: not while copies write to it
-            self._engine.wait(ticket)
+    def _open(self) -> Iterator[Any]:
+        attach = getattr(self._loader, "attach", None)
+        if attach is not None:
+            attach(depth=self._depth, register=self._engine.register)
+        return iter(self._loader)
 
-    def update_priorities(self, batch: Batch, values: Tensor) -> None:
+    def _tell_loader(self) -> None:
+        """Tell the loader how much of what it delivered is not with the consumer yet: its state begins there."""
+        if hasattr(self._loader, "batches_ahead"):
+            self._loader.batches_ahead = self._ahead()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _ahead(self) -> int:
+        return len(self._transfers) + (self._taken is not _NOTHING)
+
+    def update_priorities(self, batch: Batch, values: Tensor | np.ndarray) -> None:
         """Give the samples of a batch new priorities.
+
+        From the device they are fetched without a synchronisation, and take effect two batches later; from the CPU with
+        the next one.
 
         Args:
             batch: From this feed.
-            values: ``[B]``, >= 0.
+            values: ``[B]``, >= 0, or ``[B, T]`` of a sequence's steps; see `ReplayLoader.update_priorities`.
 
         Raises:
             UnsupportedError: If the loader takes none.
         """
-        update = getattr(self._loader, "update_priorities", None)
+        update, late = (getattr(self._loader, name, None) for name in ("update_priorities", "update_late"))
         if update is None:
             raise UnsupportedError(
                 f"DeviceFeed.update_priorities: the loader is a {type(self._loader).__name__}, which takes none; "
                 "expected a ReplayLoader. Use make_loader(buffer, unit, batch_size=...)."
             )
-        update(batch, values)
+        late = late if self._engine.reads_ahead else None
+        if late is not None and isinstance(values, Tensor) and self._engine.holds(values):
+            late(*self._fetch(batch, values))
+        else:
+            update(batch, values)
+
+    def _fetch(self, batch: Batch, values: Tensor) -> tuple[Batch, Callable[[], np.ndarray]]:
+        """Begin to fetch what priorities need: the host's view of the batch is whole when the values are there."""
+        narrow = values.dtype in (torch.float16, torch.bfloat16)  # NumPy has no bfloat16
+        beside = {"source": batch.source, "loss_mask": batch.loss_mask if values.ndim == 2 else None}
+        wanted = {name: part for name, part in beside.items() if part is not None}
+        landed, wait = self._transfers.fetch([values.detach().float() if narrow else values.detach(), *wanted.values()])
+        given, host = landed[0], dict(zip(wanted, landed[1:], strict=True))
+        none, flags = torch.empty(0), torch.empty(0, dtype=torch.bool)
+        view = Batch(
+            observation=(), action=(), reward=none, terminated=flags, truncated=flags, ids=batch.ids,
+            source=host.get("source"), loss_mask=host.get("loss_mask"),
+        )  # fmt: skip
+
+        def fetch() -> np.ndarray:
+            wait()
+            return given.numpy()
+
+        return view, fetch
 
     def stats(self) -> FeedStats:
-        """Count deliveries and waiting.
+        """Count deliveries, waiting and transfers.
 
         Returns:
             The counters so far.
         """
-        return FeedStats(self._delivered, len(self._ready), self._wait_s)
+        transfers = self._transfers
+        return FeedStats(self._delivered, self._ahead(), self._wait_s, transfers.copies, transfers.copied_bytes)
 
+    def close(self) -> None:
+        """End the pass: wait for copies under way, let go of the memory, and close the loader where it can be closed.
 
-def _map(value: Any, fn: Any, whole: Any) -> Any:
-    if isinstance(value, Batch):
-        return whole(value)
-    if isinstance(value, list):
-        return [_map(part, fn, whole) for part in value]
-    return map_nest(lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf, value)
+        What was taken from the loader and not handed over counts as never delivered: its `state_dict` begins there.
+        """
+        self._transfers.close()
+        self._taken, self._failure, self._ended, self._source = _NOTHING, None, True, None
+        if close := getattr(self._loader, "close", None):
+            close()
 
+    def __enter__(self) -> Self:
+        return self
 
-def _move(value: Any, device: torch.device, non_blocking: bool) -> Any:
-    return _map(value, lambda t: t.to(device, non_blocking=non_blocking), lambda b: b.to(device, non_blocking))
-
-
-def _is_pinned(value: Any) -> bool:
-    pinned: list[bool] = []
-    _map(value, lambda t: pinned.append(t.is_pinned()), lambda b: pinned.append(b.is_pinned()))
-    return all(pinned)
+    def __exit__(self, *error: object) -> None:
+        self.close()

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from rlfeed import errors
 from rlfeed.feed import DeviceFeed, ReplayDataset, device, make_loader, pad_collate
 from rlfeed.feed import dataset as dataset_module
+from rlfeed.feed.engines import DirectEngine
 from rlfeed.replay import Episode, ReplayBuffer, Transition, kernels
 from rlfeed.types import Batch, Step
 
@@ -298,7 +299,7 @@ def test_loader_counts_draws_whatever_the_transform_makes_of_them():
 
 
 def test_loader_resumes_after_what_the_consumer_had_not_what_the_feed_took(monkeypatch):
-    class Ahead(device.DirectEngine):
+    class Ahead(DirectEngine):
         reads_ahead = True
 
     monkeypatch.setattr(device, "engine_for", Ahead)
