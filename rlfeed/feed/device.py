@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlfeed.errors import ConfigError, DeviceError, FeedTimeoutError, NotEnoughDataError, UnsupportedError
+from rlfeed.errors import ConfigError, DeviceError, FeedTimeoutError, FieldError, NotEnoughDataError, UnsupportedError
 from rlfeed.feed.engines import engine_for
 from rlfeed.feed.transfers import Transfers
 from rlfeed.types import Batch
@@ -186,6 +186,7 @@ class DeviceFeed:
 
         Raises:
             UnsupportedError: If the loader takes none.
+            FieldError: If the batch has no ids, or other than there are values.
         """
         update, late = (getattr(self._loader, name, None) for name in ("update_priorities", "update_late"))
         if update is None:
@@ -201,14 +202,19 @@ class DeviceFeed:
 
     def _fetch(self, batch: Batch, values: Tensor) -> tuple[Batch, Callable[[], np.ndarray]]:
         """Begin to fetch what priorities need: the host's view of the batch is whole when the values are there."""
+        ids = None if batch.ids is None else tuple(batch.ids.shape)
+        if tuple(values.shape[:1]) != ids:  # now: they are looked at when this call is long over
+            raise FieldError(
+                f"update_priorities: values has shape {tuple(values.shape)}, ids {ids}; expected one per sample."
+            )
         narrow = values.dtype in (torch.float16, torch.bfloat16)  # NumPy has no bfloat16
         beside = {"source": batch.source, "loss_mask": batch.loss_mask if values.ndim == 2 else None}
         wanted = {name: part for name, part in beside.items() if part is not None}
         landed, wait = self._transfers.fetch([values.detach().float() if narrow else values.detach(), *wanted.values()])
         given, host = landed[0], dict(zip(wanted, landed[1:], strict=True))
-        none, flags = torch.empty(0), torch.empty(0, dtype=torch.bool)
+        unused, flags = torch.empty(values.shape), torch.empty(values.shape, dtype=torch.bool)
         view = Batch(
-            observation=(), action=(), reward=none, terminated=flags, truncated=flags, ids=batch.ids,
+            observation=(), action=(), reward=unused, terminated=flags, truncated=flags, ids=batch.ids,
             source=host.get("source"), loss_mask=host.get("loss_mask"),
         )  # fmt: skip
 

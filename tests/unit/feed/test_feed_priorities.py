@@ -104,3 +104,13 @@ def test_feed_priorities_without_a_replay_loader_are_refused():
     feed = DeviceFeed([torch.zeros(1)], "cpu")
     with pytest.raises(errors.UnsupportedError, match="the loader is a list"):
         feed.update_priorities(next(feed), torch.zeros(1))
+
+
+@pytest.mark.parametrize("shape", [(3,), (5, 4), ()], ids=str)
+def test_feed_priorities_of_another_shape_are_refused_at_once(on_slow, shape):
+    loader = Prioritized()
+    feed, engine = on_slow(loader, depth=1)
+    values = engine.memory.like(torch.empty(shape))
+    with pytest.raises(errors.FieldError, match=r"ids \(4,\); expected one per sample"):
+        feed.update_priorities(make_batch(), values)
+    assert loader.late == []
