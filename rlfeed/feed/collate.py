@@ -17,7 +17,8 @@ from rlfeed.types import Batch
 Arrangement = Literal["padded", "packed"]
 Sample = Mapping[str, Nest]
 
-_FIELDS = frozenset(f.name for f in fields_of(Batch) if f.init) - {"cu_lengths"}
+# What a sample may have: not what says how several rows lie together.
+_FIELDS = frozenset(f.name for f in fields_of(Batch) if f.init) - {"cu_lengths", "final_observation", "final_index"}
 
 
 def pad_collate(
@@ -80,7 +81,16 @@ def _collate(samples: list[Any]) -> Batch:
             for i, h in enumerate(samples)
         ):
             return stream.batch(start // size, size)
-    return _joined([unbatch(s.padded()) if isinstance(s, Batch) else s for s in samples])
+    return _joined([_sample(s) if isinstance(s, Batch) else s for s in samples])
+
+
+def _sample(batch: Batch) -> Sample:
+    if batch.final_index is not None:
+        raise FieldError(
+            "pad_collate: got a block of a rollout as a sample; expected single episodes, windows or transitions. A "
+            "block is a batch already: leave pad_collate out."
+        )
+    return unbatch(batch.padded())
 
 
 def _joined(samples: list[Sample]) -> Batch:

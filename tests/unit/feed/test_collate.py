@@ -170,6 +170,15 @@ def test_pad_collate_options_pad_to_a_multiple_and_with_values_by_name():
     assert batch.mask.tolist() == [[True, False, False, False], [True, True, True, False]]
 
 
+def test_pad_collate_block_of_a_rollout_is_refused_for_its_finals_would_be_lost():
+    finals = {"final_index": torch.zeros(0, 2, dtype=torch.int64), "final_observation": torch.zeros(0, 1)}
+    block = Batch(**{**vars_of(pad_collate([episode(2)])), **finals})
+    with pytest.raises(FieldError, match=r"a block of a rollout as a sample; .* leave pad_collate out"):
+        pad_collate([block])
+    with pytest.raises(FieldError, match=r"have .'final_index'.; expected those of Batch"):
+        pad_collate([episode(2) | {"final_index": np.zeros((0, 2))}])
+
+
 def test_pad_collate_packed_batches_of_one_are_joined():
     parts = [pad_collate([episode(n)], layout="packed") for n in (2, 3)]
     assert_same(pad_collate(parts), pad_collate([episode(2), episode(3)]))
