@@ -150,8 +150,8 @@ class Ragged:
     ) -> Self:
         """Gather steps and observations from other places, into one block; with fills, place 0 is padding.
 
-        A gather from values with a padding before them is the fastest that torch has: twice as fast as `index_copy_`
-        to zeros, ten times as fast as `masked_fill_`.
+        A gather from values with a padding before them is the fastest that torch has for every dtype: faster than
+        `index_copy_` to zeros, and several times faster than `masked_fill_`.
         """
         found = [leaf for leaf in self._leaves() if leaf[0] != "cu_lengths" and leaf[2].device == self.reward.device]
         axes = self.reward.ndim
