@@ -233,6 +233,28 @@ class Batch(Ragged):
         moved = {name: None if value is None else map_nest(copy, value) for name, value in moved.items()}
         return _rebuild({"ids": ids, **moved})
 
+    def in_block(self, allocate: Callable[[int], Tensor]) -> "Batch":
+        """Put the fields of any batch into one block: what is pinned, moved and sent as one piece.
+
+        Args:
+            allocate: Gives uint8 memory of so many bytes, on the CPU, where none of the fields lie.
+
+        Returns:
+            The batch there; its ids lie there too.
+        """
+        if whole := self.block_and_layout():
+            block, layout = whole
+            return Batch.carve(allocate(layout.nbytes).copy_(block[: layout.nbytes]), layout)
+        nests = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        nests = {name: list(leaves(nest)) for name, nest in nests.items() if nest is not None}
+        shapes = [(name, path, leaf.dtype, tuple(leaf.shape)) for name, nest in nests.items() for path, leaf in nest]
+        layout = Layout.of(shapes)
+        batch = Batch.carve(allocate(layout.nbytes), layout)
+        for name, nest in nests.items():
+            for (_, leaf), (_, target) in zip(nest, leaves(getattr(batch, name)), strict=True):
+                target.copy_(leaf)
+        return batch
+
     def recarve(self, move: Callable[[Tensor, Layout], tuple[Tensor, Layout]]) -> "Batch":
         """Put a batch that lies in one block into another one, of another layout; ``ids`` stay where they are.
 

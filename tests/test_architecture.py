@@ -188,12 +188,22 @@ RULES = {
     "undocumented": (undocumented, "def f(x):\n    '''Do it.'''\n    return x"),
 }
 
+# Where a rule does not hold, and why.
+EXCEPTIONS = {
+    ("unsafe loading", "rlfeed/feed/workers.py"): "between our own live processes",
+    ("global randomness", "rlfeed/feed/seeding.py"): "seeds what users' transforms use, and puts it back",
+}
+
+
+def bound_by(rule, paths):
+    return [path for path in paths if (rule, str(path.relative_to(ROOT))) not in EXCEPTIONS]
+
 
 @pytest.mark.parametrize("rule", RULES)
 def test_library_keeps_the_rule(rule):
     find, _ = RULES[rule]
     # Kernels are inside: what their arguments are, which all of them share, their modules say.
-    paths = [path for path in LIBRARY if rule != "undocumented" or path.parent.name != "kernels"]
+    paths = [path for path in bound_by(rule, LIBRARY) if rule != "undocumented" or path.parent.name != "kernels"]
     offences = {str(path.relative_to(ROOT)): found for path in paths if (found := find(parse(path)))}
 
     assert offences == {}
@@ -202,7 +212,7 @@ def test_library_keeps_the_rule(rule):
 @pytest.mark.parametrize("rule", ["future import", "unsafe loading", "refused name"])
 def test_agents_and_scripts_keep_the_rule(rule):
     find, _ = RULES[rule]
-    offences = {str(path.relative_to(ROOT)): found for path in CODE if (found := find(parse(path)))}
+    offences = {str(path.relative_to(ROOT)): found for path in bound_by(rule, CODE) if (found := find(parse(path)))}
 
     assert offences == {}
 

@@ -1,71 +1,72 @@
 """`make_loader`: a `DataLoader` over a live buffer whose draws are made in the learner, counted, and can be resumed."""
 
-import itertools
+import multiprocessing
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset
 
-from rlfeed.errors import ConfigError, UnsupportedError
-from rlfeed.feed.dataset import Transform, allocate_shared
+from rlfeed.errors import ConfigError, FieldError
+from rlfeed.feed.calibration import choose_workers, slot_bytes_for
+from rlfeed.feed.clock import Clock
+from rlfeed.feed.gatherers import AtOnce, Gatherer, InThread, Source, Transform
 from rlfeed.feed.mix import Mix
+from rlfeed.feed.ring import Ring, Slots, check_ring, slots_for
+from rlfeed.feed.workers import OnDeath, Workers, choose_context
 from rlfeed.replay.buffer import ReplayBuffer
 from rlfeed.replay.limiter import Limiter
-from rlfeed.replay.readers import allocate_private
+from rlfeed.replay.memory import readable_bytes
 from rlfeed.replay.samplers import sequence_priorities, stream_key
-from rlfeed.replay.table import DrawTable
+from rlfeed.replay.table import KEPT, DrawTable
 from rlfeed.replay.units import Unit
 from rlfeed.types import Batch
 
 Buffers = ReplayBuffer | Sequence[tuple[ReplayBuffer, float]]
+Register = Callable[[int, int], Callable[[], None] | None]
 
 
 @dataclass(frozen=True, slots=True)
 class LoaderStats:
-    """Count a loader's samples: drawn = delivered + in_flight.
+    """Count a loader's samples: drawn = delivered + in_flight + discarded.
 
     Args:
         drawn: Samples drawn.
         delivered: Samples handed to the consumer.
         in_flight: Samples drawn and not delivered yet.
+        discarded: Samples drawn and never to be delivered: those under way when a state was loaded.
+        copies: Batches that were copied for the consumer because it held too many.
+        parcels: Batches that came by pipe because they fit no slot.
+        restarts: Workers that died and were started again.
+        slots: Slots of the ring, over all workers; 0 without workers.
+        ring_bytes: Bytes of those slots, shared by all processes.
     """
 
     drawn: int
     delivered: int
     in_flight: int
+    discarded: int = 0
+    copies: int = 0
+    parcels: int = 0
+    restarts: int = 0
+    slots: int = 0
+    ring_bytes: int = 0
 
 
-class _Gathered(Dataset[Batch]):
-    """Gather a batch by its number, in whatever process."""
+class _Live(IterableDataset[Any]):
+    """What torch's loader is told that it loads."""
 
-    def __init__(self, mix: Mix, table: DrawTable, transform: Transform | None) -> None:
-        self._mix, self._table, self._transform, self._learner = mix, table, transform, os.getpid()
-        self.ahead: dict[int, Batch] = {}  # gathered at the tick already
+    def __init__(self, loader: "ReplayLoader") -> None:
+        self._loader = weakref.ref(loader)  # strong, it would keep the workers until the next collection of cycles
 
-    def gather(self, number: int) -> Batch:
-        # A block born in shared memory travels to the learner without another copy.
-        allocate = allocate_private if os.getpid() == self._learner else allocate_shared
-        return self._mix.gather(self._table.entry(number), allocate)
-
-    def __getitem__(self, number: int) -> Batch:
-        batch = self.ahead[number] if number in self.ahead else self.gather(number)
-        batch = batch if self._transform is None else self._transform(batch)
-        self.ahead.pop(number, None)
-        return batch
-
-
-class _Numbers(Sampler[int]):
-    """Name the batches in turn, from the next one to deliver."""
-
-    def __init__(self, table: DrawTable) -> None:
-        self._table = table
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(self._table.delivered)
+    def __iter__(self) -> Iterator[Any]:
+        loader = self._loader()
+        return iter(()) if loader is None else iter(loader)
 
 
 class _Batches:
@@ -77,48 +78,132 @@ class _Batches:
     def __iter__(self) -> "_Batches":
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         return self._loader.deliver(self._turn)
 
 
 class ReplayLoader(DataLoader[Any]):
     """Load whole batches from a live buffer; made by `make_loader`.
 
+    It is a `DataLoader` with an iterator of its own: batches of workers come through slots of shared memory, and such a
+    batch is a lease of its slot, which ends when its tensors are collected. Hold as many as you like: where slots run
+    short you are handed copies.
+
     Args:
-        mix: What to draw from.
-        table: The draws.
+        source: What makes the batches.
         num_workers: Worker processes; 0 gathers in this one, when the draws are made.
-        transform: Applied to each batch, in the worker where there is one.
         timeout_s: Seconds to wait for a worker, or for the limiter.
         limiter: Bounds samples per inserted step.
+        on_worker_death: What to do when a worker dies.
     """
 
     def __init__(
         self,
-        mix: Mix,
-        table: DrawTable,
-        num_workers: int,
-        transform: Transform | None,
+        source: Source,
+        num_workers: int | Literal["auto"],
         timeout_s: float,
         limiter: Limiter | None,
+        on_worker_death: OnDeath,
     ) -> None:
-        self.table, self._mix, self._timeout_s = table, mix, timeout_s
-        self._gathered = _Gathered(mix, table, transform)
-        workers: dict[str, Any] = {}
-        if num_workers:
-            # torch asks for so many batches ahead; all of them are drawn by then.
-            workers = {"timeout": timeout_s, "prefetch_factor": max(1, table.lookahead // num_workers)}
-        self._turn, self._limits = 0, False
-        self._batches: Iterator[Batch] | None = None
-        super().__init__(self._gathered, batch_size=None, sampler=_Numbers(table), num_workers=num_workers, **workers)
+        self._source, self._mix, self._table = source, source.mix, source.table
+        self._clock, self._timeout_s = Clock(self._mix, self._table), timeout_s
+        self._on_worker_death: OnDeath = on_worker_death
+        self._depth, self._register, self._unregister = 0, None, None
+        self._gatherer: Gatherer | None = None
+        self._turn, self._begun, self._delivered, self._limits = 0, 0, 0, False
+        self._counts = np.zeros(3, np.int64)  # copies, parcels and restarts of gatherers that were closed
+        self._owner = os.getpid()
+        self.choice = "as asked for"
+        self._auto, workers = num_workers == "auto", 0 if num_workers == "auto" else int(num_workers)
+        super().__init__(_Live(self), batch_size=None, num_workers=workers)
+        if workers:
+            self._check_size()
         if limiter is not None:
             self.set_limiter(limiter)
-        self._gather_ahead()
+        name = f"draws of {self._mix.unit}, {self._table.batch_size} a batch, {self._table.lookahead} ahead"
+        self._mix.buffers[0].keep(f"{name}, key {self._table.key}", self._clock)
+        for buffer in self._mix.buffers:
+            buffer.unread.protect(self.settle)
 
-    def _gather_ahead(self) -> None:
-        """Gather what a table that was loaded has drawn already, where no worker will."""
-        ahead = range(self.table.delivered, self.table.drawn) if self.num_workers == 0 else ()
-        self._gathered.ahead = {number: self._gathered.gather(number) for number in ahead}
+    def check_worker_number_rationality(self) -> None:
+        """Leave torch's warning out: workers here wait asleep, and more of them than processors are sometimes meant."""
+
+    def __len__(self) -> NoReturn:
+        raise TypeError("ReplayLoader: has no length: it goes on for ever. Bound it: itertools.islice(loader, n).")
+
+    def __repr__(self) -> str:
+        stats = self.stats()
+        ring = f", {stats.slots} slots of {readable_bytes(stats.ring_bytes / stats.slots)}" if stats.slots else ""
+        workers = f"{self.num_workers} workers ({self.choice}){ring}"
+        return f"ReplayLoader({self._mix.unit}, {self._table.batch_size} a batch, {workers})"
+
+    # ---------------------------------------------------------------------------------------------- making batches
+
+    def _check_size(self) -> None:
+        slots, _ = slots_for(self.num_workers, self._table.lookahead, self._depth)
+        check_ring(self.num_workers * slots, self._mix.most_bytes(self._table.batch_size))
+
+    def attach(self, *, depth: int, register: Register | None = None) -> None:
+        """Tell how a `DeviceFeed` will take batches; the ring is made of the right size for it.
+
+        Args:
+            depth: Batches that it copies ahead.
+            register: Locks the ring's memory (address, bytes) for transfers; gives what unlocks it, or None.
+
+        Raises:
+            CapacityError: If the ring does not fit then.
+        """
+        if (depth, register) != (self._depth, self._register):
+            self._end()
+            self._depth, self._register = depth, register
+            if self.num_workers:
+                self._check_size()
+
+    def _start(self) -> Gatherer:
+        """Start what makes batches; the draws of the next one are known."""
+        source, lookahead = self._source, self._table.lookahead
+        self._begun = self._table.delivered
+        if self._auto:
+            self._auto, (self.num_workers, self.choice) = False, choose_workers(source, self._begun)
+        threads = self.choice if not self.num_workers and self.choice.startswith("auto") else ""
+        if self.num_workers and multiprocessing.current_process().daemon:
+            threads = "this process is a daemon, which may not start processes: a thread gathers instead"
+            warnings.warn(f"make_loader: {threads}.", RuntimeWarning, stacklevel=4)
+            self.num_workers, self.choice = 0, threads
+        if threads:
+            return InThread(source, self._timeout_s)
+        if not self.num_workers:
+            return AtOnce(source)
+        slots, owed = slots_for(self.num_workers, lookahead, self._depth)
+        ring = Ring(self.num_workers, slots, slot_bytes_for(source, self._begun), lookahead + KEPT)
+        if self._register is not None:
+            self._unregister = self._register(ring.address, ring.nbytes)
+        context = choose_context(self.multiprocessing_context)
+        return Workers(source, ring, Slots(ring, owed), self._begun, context, self._timeout_s, self._on_worker_death)
+
+    def _end(self) -> None:
+        if self._gatherer is not None:
+            self._counts += self._counted()
+            self._gatherer.close()
+        if self._unregister is not None:
+            self._unregister()
+        self._gatherer = self._unregister = None
+
+    def _counted(self) -> tuple[int, int, int]:
+        made = self._gatherer
+        return (made.slots.copies, made.slots.parcels, made.restarts) if isinstance(made, Workers) else (0, 0, 0)
+
+    def settle(self) -> None:
+        """Wait until what was drawn has been gathered: a writer of this process is about to overwrite it.
+
+        Raises:
+            WorkerError: If a worker raised or died.
+            FeedTimeoutError: If a worker does not answer in time.
+        """
+        if self._gatherer is not None and os.getpid() == self._owner:
+            self._gatherer.settle()
+
+    # ----------------------------------------------------------------------------------------------------- iterating
 
     @property
     def batches_ahead(self) -> int:
@@ -127,51 +212,69 @@ class ReplayLoader(DataLoader[Any]):
         Returns:
             Batches.
         """
-        return self.table.taken_ahead
+        return self._table.taken_ahead
 
     @batches_ahead.setter
     def batches_ahead(self, batches: int) -> None:
-        self.table.taken_ahead = batches
+        self._table.taken_ahead = batches
 
-    def _tick(self) -> None:
-        """Make every draw up to the one ``lookahead`` after the batch that is about to be delivered."""
-        while self.table.drawn <= self.table.delivered + self.table.lookahead:
-            drawn = self._mix.tick(self.table, self._timeout_s)
-            if self.num_workers == 0:
-                self._gathered.ahead[drawn] = self._gathered.gather(drawn)
-
-    def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Begin another iterator where the one before stopped; that one ends."""
-        self._turn, self._batches = self._turn + 1, None
+        self._turn += 1
         return _Batches(self, self._turn)
 
-    def deliver(self, turn: int) -> Batch:
+    def deliver(self, turn: int) -> Any:
         """Hand out the next batch; after an error the same one may be asked for again.
 
         Args:
             turn: Which iterator asks.
 
         Returns:
-            The batch.
+            The batch; what the transform made of it.
 
         Raises:
-            ConfigError: If another iterator has begun since, or the loader was closed or loaded.
+            ConfigError: If another iterator has begun since, the loader was closed or loaded, or this process is a
+                fork of the one that made it.
             NotEnoughDataError: If there is nothing to draw, or the limiter waits, and nobody else writes.
-            FeedTimeoutError: If writers do not come in time.
+            FeedTimeoutError: If writers or workers do not come in time.
+            WorkerError: If a worker raised or died.
         """
+        self._check_turn(turn)
+        table, size = self._table, self._table.batch_size
+        while table.drawn <= table.delivered + table.lookahead:
+            self._clock.tick(self._timeout_s)
+            self._begin()
+        self._begin()
+        self._mix.wait_to_take(size, self._timeout_s)
+        batch = self._begin().take(table.delivered)
+        self._mix.take(table.delivered * size, size)
+        table.delivered += 1
+        self._delivered += 1
+        return batch
+
+    def _begin(self) -> Gatherer:
+        """Have everything made that has been drawn, as far as there are slots: a state may hold more."""
+        if self._gatherer is None:
+            self._gatherer = self._start()
+        ends = min(self._table.drawn, self._table.delivered + self._table.lookahead + 1)
+        while self._begun < ends:
+            self._gatherer.begin(self._begun)
+            self._begun += 1
+        return self._gatherer
+
+    def _check_turn(self, turn: int) -> None:
+        if os.getpid() != self._owner:
+            raise ConfigError(
+                "ReplayLoader: this process is a fork of the one that made the loader; expected the one whose workers "
+                "they are. Make a loader here."
+            )
         if turn != self._turn:
             raise ConfigError(
                 "ReplayLoader: this iterator has ended: another one began, or the loader was closed or took a state; "
                 "expected one at a time. Call iter(loader) again."
             )
-        self._tick()
-        self._mix.wait_to_take(self.table.batch_size, self._timeout_s)
-        if self._batches is None:
-            self._batches = super().__iter__()
-        batch = next(self._batches)
-        self._mix.take(self.table.delivered * self.table.batch_size, self.table.batch_size)
-        self.table.delivered += 1
-        return batch
+
+    # ------------------------------------------------------------------------------------------------- and back again
 
     def set_limiter(self, limiter: Limiter | None) -> None:
         """Bound the samples delivered per inserted step, from now on.
@@ -198,9 +301,32 @@ class ReplayLoader(DataLoader[Any]):
             FieldError: If a value is no priority, or the shapes differ.
         """
         given = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-        if given.ndim == 2 and batch.loss_mask is not None:
-            given = sequence_priorities(given, batch.loss_mask.cpu().numpy(), self._mix.eta)
-        return self._mix.update_priorities(batch, given)
+        ids, source, values_of = self._named(batch)
+        return self._mix.update_priorities(ids, source, values_of(given))
+
+    def update_late(self, batch: Batch, fetch: Callable[[], np.ndarray]) -> None:
+        """Give the samples of a batch new priorities two ticks from now; see `DeviceFeed.update_priorities`.
+
+        Args:
+            batch: From this loader.
+            fetch: Waits for the values, ``[B]`` or ``[B, T]``, and gives them.
+        """
+        ids, source, values_of = self._named(batch)
+        self._clock.update_late(ids, source, lambda: values_of(fetch()))
+
+    def _named(self, batch: Batch) -> tuple[np.ndarray, np.ndarray | None, Callable[[np.ndarray], np.ndarray]]:
+        """Give the ids of a batch, their buffers, and what makes one value for each of them: copies, not the batch."""
+        if batch.ids is None:
+            raise FieldError("update_priorities: the batch has no ids; expected one of this loader.")
+        source = None if batch.source is None else batch.source.cpu().numpy().copy()
+        masks, eta = None if batch.loss_mask is None else batch.loss_mask.cpu().numpy().copy(), self._mix.eta
+
+        def values_of(given: np.ndarray) -> np.ndarray:
+            return given if given.ndim != 2 or masks is None else sequence_priorities(given, masks, eta)
+
+        return batch.ids.cpu().numpy().copy(), source, values_of
+
+    # ------------------------------------------------------------------------------------------- accounting and state
 
     def stats(self) -> LoaderStats:
         """Count the samples of this loader.
@@ -208,35 +334,58 @@ class ReplayLoader(DataLoader[Any]):
         Returns:
             The counters so far.
         """
-        size, delivered = self.table.batch_size, self.table.delivered - self.table.taken_ahead
-        drawn = self.table.drawn * size
-        return LoaderStats(drawn=drawn, delivered=delivered * size, in_flight=drawn - delivered * size)
+        table, size, made = self._table, self._table.batch_size, self._gatherer
+        ring = made.ring if isinstance(made, Workers) else None
+        copies, parcels, restarts = (int(count) for count in self._counts + self._counted())
+        return LoaderStats(
+            drawn=self._clock.drawn * size,
+            delivered=(self._delivered - table.taken_ahead) * size,
+            in_flight=(table.drawn - table.delivered + table.taken_ahead) * size,
+            discarded=self._clock.discarded * size,
+            copies=copies,
+            parcels=parcels,
+            restarts=restarts,
+            slots=ring.workers * ring.slots if ring else 0,
+            ring_bytes=ring.nbytes if ring else 0,
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the number of the next batch to deliver, and the draws that were made ahead.
+        """Give the number of the next batch to deliver, and what the draws made ahead were made on.
 
         `ReplayBuffer.save` saves it with the buffer: a loader made alike over the loaded one goes on by itself.
 
         Returns:
-            The state.
+            The state: a few words for each lane; with priorities the ids of the batches in flight.
         """
-        return self.table.state_dict()
+        return self._clock.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from another batch, with the next iterator.
+        """Go on from another batch, with the next iterator and any number of workers.
 
         Args:
             state: From `state_dict`.
+
+        Raises:
+            CheckpointError: If it is of other draws.
         """
-        self.table.load_state_dict(state)
-        self._turn, self._batches = self._turn + 1, None
-        self._gather_ahead()
+        self._end()
+        self._turn += 1
+        self._clock.load_state_dict(state)
+        if not self.num_workers and not self._auto and self._table.drawn > self._table.delivered:
+            self._begin()
 
     def close(self) -> None:
         """Let the workers go, and the writers that a limiter of this loader holds back."""
-        self._turn, self._batches = self._turn + 1, None
+        self._turn += 1
+        self._end()
         if self._limits:
             self.set_limiter(None)
+
+    def __enter__(self) -> "ReplayLoader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def make_loader(
@@ -248,22 +397,28 @@ def make_loader(
     lookahead: int = 4,
     limiter: Limiter | None = None,
     transform: Transform | None = None,
-    on_worker_death: Literal["raise", "restart"] = "raise",
+    on_worker_death: OnDeath = "raise",
     timeout_s: float = 60.0,
     seed: int = 0,
     rank: int = 0,
 ) -> ReplayLoader:
     """Make a loader of whole batches.
 
+    Workers are started as ``multiprocessing.set_start_method`` said for this process, else by a fork server, else by
+    spawning; set ``loader.multiprocessing_context`` before the first batch, as with any `DataLoader`, to choose.
+
     Args:
         buffer: What to draw from; or several with their fractions, mixed exactly, with `Batch.source`.
         unit: What a draw becomes.
         batch_size: B >= 1.
-        num_workers: Worker processes, at most ``lookahead``; 0 gathers in this one.
+        num_workers: Worker processes, at most ``lookahead``; 0 gathers in this one. ``"auto"`` measures a batch and
+            chooses a thread of this process or workers; `ReplayLoader.choice` says why.
         lookahead: Batches drawn ahead of delivery, for any number of workers.
         limiter: Bounds samples per inserted step; of several buffers the first one's.
-        transform: Applied to each `Batch`.
-        on_worker_death: What to do when a worker dies.
+        transform: Applied to each `Batch`, in the worker where there is one, with torch's, NumPy's and Python's global
+            generators seeded by the batch's number. What it gives is what is delivered; a `Batch` travels fastest.
+            With workers it is called once more in this process, to learn how large its results are.
+        on_worker_death: ``"raise"``, or ``"restart"``: another worker goes on with the same draws.
         timeout_s: Seconds to wait for a batch, > 0.
         seed: Of the draws, >= 0.
         rank: Which of several learners, >= 0: each has draws of its own.
@@ -273,23 +428,28 @@ def make_loader(
 
     Raises:
         ConfigError: If an argument is wrong; all findings at once.
-        UnsupportedError: If this version does not serve it.
+        UnsupportedError: If other processes cannot see the buffer.
+        CapacityError: If the batches under way do not fit in memory, with the numbers.
     """
     least = {"batch_size": (batch_size, 1), "lookahead": (lookahead, 0), "seed": (seed, 0), "rank": (rank, 0)}
     wrong = [f"{name} is {value}; expected at least {low}" for name, (value, low) in least.items() if value < low]
-    if isinstance(num_workers, int | np.integer) and not 0 <= num_workers <= lookahead:
+    counted = isinstance(num_workers, int | np.integer) and not isinstance(num_workers, bool)
+    if not counted and num_workers != "auto":
+        wrong.append(f"num_workers is {num_workers!r}; expected 0 .. lookahead, or 'auto'")
+    elif counted and not 0 <= int(num_workers) <= lookahead:
         wrong.append(f"num_workers is {num_workers}; expected 0 .. lookahead, which is {lookahead}")
     if timeout_s <= 0:
         wrong.append(f"timeout_s is {timeout_s}; expected more than 0")
+    if on_worker_death not in get_args(OnDeath):
+        wrong.append(f"on_worker_death is {on_worker_death!r}; expected one of {get_args(OnDeath)}")
+    if transform is not None and not callable(transform):
+        wrong.append(f"transform is {transform!r}; expected a function of a Batch")
     if wrong:
         raise ConfigError(f"make_loader: {'; '.join(wrong)}.")
-    if not isinstance(num_workers, int | np.integer) or on_worker_death != "raise":
-        raise UnsupportedError(
-            f"make_loader: num_workers is {num_workers!r} and on_worker_death {on_worker_death!r}; expected an int and "
-            "'raise' in this version."
-        )
-    mix = Mix([(buffer, 1.0)] if isinstance(buffer, ReplayBuffer) else list(buffer), unit, with_workers=num_workers > 0)
-    key = stream_key(seed, "loader", rank=rank)
-    table = DrawTable(mix.draw, key, batch_size, lookahead, shared=num_workers > 0)
-    mix.buffers[0].keep(f"draws of {unit}, {batch_size} a batch, {lookahead} ahead, seed {seed}, rank {rank}", table)
-    return ReplayLoader(mix, table, int(num_workers), transform, timeout_s, limiter)
+    shared = num_workers != 0
+    parts = [(buffer, 1.0)] if isinstance(buffer, ReplayBuffer) else list(buffer)
+    mix = Mix(parts, unit, with_workers=shared and num_workers != "auto")
+    table = DrawTable(mix.draw, stream_key(seed, "loader", rank=rank), batch_size, lookahead, shared=shared, past=mix)
+    workers = num_workers if num_workers == "auto" else int(num_workers)
+    source = Source(mix, table, transform)
+    return ReplayLoader(source, workers, timeout_s, limiter, on_worker_death)

@@ -55,15 +55,17 @@ class Mix:
             )
         if any(buffer.columns != self.buffers[0].columns for buffer in self.buffers):
             raise ConfigError("make_loader: the buffers store different fields; expected the same spaces and extras.")
-        self._unit = unit
+        self.unit = unit
         self._samplers = [buffer.unit_sampler(unit) for buffer in self.buffers]
+        for sampler in self._samplers:
+            sampler.check_lengths()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"buffers": self.buffers, "_fractions": self._fractions, "_unit": self._unit}
+        return {"buffers": self.buffers, "_fractions": self._fractions, "unit": self.unit}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._samplers = [buffer.unit_sampler(self._unit) for buffer in self.buffers]
+        self._samplers = [buffer.unit_sampler(self.unit) for buffer in self.buffers]
 
     @property
     def eta(self) -> float:
@@ -95,6 +97,50 @@ class Mix:
             draws.ids[mine], draws.limits[mine], draws.weights[mine] = made.ids, made.limits, made.weights
         return draws
 
+    def snapshot(self) -> np.ndarray | None:
+        """Copy what draws depend on besides the rows; see `UnitSampler.snapshot`.
+
+        Returns:
+            int64, one buffer after the other; None where they depend on priorities too.
+        """
+        parts = [sampler.snapshot() for sampler in self._samplers]
+        known = [part for part in parts if part is not None]
+        return np.concatenate(known) if len(known) == len(parts) else None
+
+    def redraw(self, snapshot: np.ndarray, key: int, number: int, count: int) -> Draws:
+        """Make draws again that were made before; see `UnitSampler.redraw`.
+
+        Args:
+            snapshot: From `snapshot`, taken before they were made.
+            key: The stream of draws.
+            number: The first draw.
+            count: B.
+
+        Returns:
+            The draws.
+        """
+        ends = np.cumsum([3 * buffer.num_envs for buffer in self.buffers])
+        pieces = np.split(snapshot, ends[:-1])
+        if len(self._samplers) == 1:
+            return self._samplers[0].redraw(pieces[0], key, number, count)
+        draws = Draws.blank(key, number, count)
+        for part, mine, before in self._shares(number, count):
+            made = self._samplers[part].redraw(pieces[part], subkey(key, part), before, len(mine))
+            draws.ids[mine], draws.limits[mine], draws.weights[mine] = made.ids, made.limits, made.weights
+        return draws
+
+    def most_bytes(self, count: int) -> int:
+        """Say how long the block of a batch can be; see `UnitSampler.most_bytes`.
+
+        Args:
+            count: B.
+
+        Returns:
+            Bytes.
+        """
+        most = max(sampler.most_bytes(count) for sampler in self._samplers)
+        return most + (count * 8 + 64 if len(self._samplers) > 1 else 0)  # and where each sample came from
+
     def gather(self, draws: Draws, allocate: Allocate = allocate_private) -> Batch:
         """Gather draws; of several buffers each with one gather, then one copy that puts the rows in their order.
 
@@ -114,10 +160,10 @@ class Mix:
         return _merge(batches, places, len(draws))
 
     def _own(self, draws: Draws, part: int, mine: np.ndarray, before: int) -> Draws:
-        key = draws.key if len(self._samplers) == 1 else subkey(draws.key, part)
-        return Draws(key, before, draws.ids[mine], draws.limits[mine], draws.weights[mine])
+        return Draws(subkey(draws.key, part), before, draws.ids[mine], draws.limits[mine], draws.weights[mine])
 
     def _shares(self, number: int, count: int) -> list[tuple[int, np.ndarray, int]]:
+        """Give each buffer's rows of a batch, and how many of its draws came before them."""
         part_of, before = shares(number, count, self._fractions)
         rows = [np.flatnonzero(part_of == part) for part in range(len(self._samplers))]
         return [(part, mine, before[part]) for part, mine in enumerate(rows) if len(mine)]
@@ -148,10 +194,15 @@ class Mix:
                     raise FeedTimeoutError(f"sampling: waited {timeout_s:.0f} s for writers. {error}") from error
                 time.sleep(_POLL_S)
             else:
-                draws = table.entry(drawn)
-                for part, mine, before in self._shares(draws.number, len(draws)):
-                    self.buffers[part].count_drawn(self._own(draws, part, mine, before))
+                self._count_drawn(table.entry(drawn))
                 return drawn
+
+    def _count_drawn(self, draws: Draws) -> None:
+        if len(self.buffers) == 1:
+            self.buffers[0].count_drawn(draws)
+            return
+        for part, mine, before in self._shares(draws.number, len(draws)):
+            self.buffers[part].count_drawn(self._own(draws, part, mine, before))
 
     @property
     def _others_write(self) -> bool:
@@ -177,34 +228,38 @@ class Mix:
             number: The first one's draw.
             count: How many.
         """
+        if len(self.buffers) == 1:
+            self.buffers[0].gate.take(count)
+            return
         for part, mine, _ in self._shares(number, count):
             self.buffers[part].gate.take(len(mine))
 
-    def update_priorities(self, batch: Batch, values: np.ndarray) -> int:
-        """Give the samples of a batch new priorities, each in its buffer.
+    def update_priorities(self, ids: np.ndarray, source: np.ndarray | None, values: np.ndarray) -> int:
+        """Give samples new priorities, each in its buffer.
 
         Args:
-            batch: From this mix.
+            ids: ``[B]`` int64.
+            source: ``[B]``, the buffers they are of; None where there is one.
             values: ``[B]``.
 
         Returns:
             How many were applied.
 
         Raises:
-            FieldError: If the batch has no ids, or the shapes differ.
+            FieldError: If the shapes differ.
             UnsupportedError: If no buffer keeps priorities.
         """
-        if batch.ids is None or values.shape != tuple(batch.ids.shape):
-            ids = None if batch.ids is None else tuple(batch.ids.shape)
-            raise FieldError(f"update_priorities: values has shape {values.shape}, ids {ids}; expected one per sample.")
-        if batch.source is None:
-            return self.buffers[0].update_priorities(batch.ids.numpy(), values)
-        applied, source = 0, batch.source.cpu().numpy()
+        if values.shape != ids.shape:
+            raise FieldError(
+                f"update_priorities: values has shape {values.shape}, ids {ids.shape}; expected one per sample."
+            )
+        if source is None:
+            return self.buffers[0].update_priorities(ids, values)
         keeping = [part for part, buffer in enumerate(self.buffers) if prioritized_in(buffer.sampler)]
-        for part in keeping or range(len(self.buffers)):
-            mine = source == part
-            applied += self.buffers[part].update_priorities(batch.ids.cpu().numpy()[mine], values[mine])
-        return applied
+        return sum(
+            self.buffers[part].update_priorities(ids[source == part], values[source == part])
+            for part in keeping or range(len(self.buffers))
+        )
 
 
 def _merge(batches: list[Batch], places: list[tuple[int, np.ndarray]], count: int) -> Batch:

@@ -31,12 +31,14 @@ from rlfeed.replay.stats import DRAWERS, ReplayStats, count_stats
 from rlfeed.replay.storage import Storage
 from rlfeed.replay.unit_sampler import UnitSampler, unit_sampler_for
 from rlfeed.replay.units import Unit
+from rlfeed.replay.unread import Unread
 from rlfeed.replay.writeback import write_back
 from rlfeed.replay.writer import NOBODY, Writer, claim_lanes, cut_lanes, release_lanes, writer_for
 from rlfeed.specs import ArraySpec, from_space
 from rlfeed.types import Batch, Stateful, Step
 
 Lanes = Sequence[int] | np.ndarray
+
 
 class ReplayBuffer:
     """Store steps of ``num_envs`` lanes and sample transitions, sequences or episodes from them.
@@ -119,6 +121,7 @@ class ReplayBuffer:
         self._unclaimed: dict[str, Any] = {}  # and what was loaded of parts that nobody has asked for yet
         self._saved: checkpoint.Saved | None = None
         self._last: Draws | None = None  # drawn last, for its age
+        self.unread = Unread(self._storage)
         self.gate, self._counters = Gate(self._storage), self._storage.words(0, DRAWERS)
         self._key, self._pid = stream_key(self.seed, "sample", turn=copy), os.getpid()
         if self._priorities is not None:
@@ -175,6 +178,8 @@ class ReplayBuffer:
             FieldError: If a field's name, shape or dtype is not the declared one; all findings at once.
             LaneError: If a row does not continue its lane. Nothing has been written then.
         """
+        if self.unread.settlers:
+            self.unread.before_rows(2)  # a first step, and its successor
         return self._writer.add(step)
 
     def extend(self, batch: Batch) -> np.ndarray:
@@ -195,6 +200,8 @@ class ReplayBuffer:
             CapacityError: If an episode is longer than a lane.
             LaneError: If no lane is free. Nothing has been written in any of these cases.
         """
+        if self.unread.settlers:
+            self.unread.before_rows(sum(batch.reward.shape) + 1)
         return self._writer.extend(batch)
 
     def cut(self, env_ids: Lanes | None = None) -> int:

@@ -51,13 +51,13 @@ class Memory:
 
     def _map(self) -> None:
         if self.is_private:
-            self._mmap = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self.mapping = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         else:
-            self._mmap = mmap.mmap(self._fd, self.nbytes)
+            self.mapping = mmap.mmap(self._fd, self.nbytes)
         if hasattr(mmap, "MADV_HUGEPAGE"):  # rows are read at random: fewer pages to look up, where the system has them
             with suppress(OSError):
-                self._mmap.madvise(mmap.MADV_HUGEPAGE)
-        self.bytes = np.frombuffer(self._mmap, np.uint8)
+                self.mapping.madvise(mmap.MADV_HUGEPAGE)
+        self.bytes = np.frombuffer(self.mapping, np.uint8)
         self.address = self.bytes.ctypes.data
 
     def reserve(self, offset: int, nbytes: int, purpose: str) -> None:
@@ -149,7 +149,7 @@ def check_fits(kind: Kind, nbytes: int, path: Path | None, what: str = "needs") 
     Raises:
         CapacityError: If it needs more than 90 % of what is free.
     """
-    available = _available_bytes(path)
+    available = available_bytes(path)
     if nbytes > 0.9 * available:
         place = f"on the disk of {path}" if kind == "memmap" else "in memory"
         raise CapacityError(
@@ -159,7 +159,15 @@ def check_fits(kind: Kind, nbytes: int, path: Path | None, what: str = "needs") 
         )
 
 
-def _available_bytes(path: Path | None) -> int:
+def available_bytes(path: Path | None = None) -> int:
+    """Tell how much memory, or room on a disk, is free.
+
+    Args:
+        path: A file on the disk; None asks for memory.
+
+    Returns:
+        Bytes.
+    """
     if path is not None:
         folder = next(p for p in (path.absolute().parent, *path.absolute().parents) if p.exists())
         return shutil.disk_usage(folder).free + (path.stat().st_blocks * 512 if path.exists() else 0)

@@ -57,6 +57,8 @@ class Reader(ABC):
         unit: The unit.
     """
 
+    _carver: Carver
+
     def __init__(self, storage: Storage, unit: Unit) -> None:
         self.unit = unit
         self._plan = storage.plan
@@ -73,6 +75,19 @@ class Reader(ABC):
         Returns:
             The batch.
         """
+
+
+    def nbytes(self, count: int, steps: int) -> int:
+        """Say how long the block of a batch is.
+
+        Args:
+            count: B.
+            steps: T of windows; transitions have none.
+
+        Returns:
+            Bytes.
+        """
+        return self._carver.carve(count, steps if isinstance(self, WindowReader) else 0).layout.nbytes
 
 
 _FLAGS = [("reward", torch.float32), ("terminated", torch.bool), ("truncated", torch.bool), ("discount", torch.float32)]

@@ -10,6 +10,7 @@ lies in the segment in their stead: see `rlfeed.replay.device_rows`.
 """
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from pathlib import Path
@@ -104,6 +105,7 @@ class Storage:
     """
 
     device: DeviceRows | None = None
+    heads_then: np.ndarray | None = None  # of a view of the past: its plan points there
 
     def __init__(
         self,
@@ -242,6 +244,8 @@ class Storage:
         plan[k.OVERLAY] = base + self.nbytes if self.overlay_bytes else -1
         plan[k.OVERLAY_PITCH] = self.overlay_pitch
         self.plan = plan
+        words = self.memory.bytes[self.heads_offset : self.directory_offset].view(np.int64)
+        self._heads = words.reshape(HEADS, self.head_bytes // 8)[:, : self.lanes]
 
     def reserve_overlay(self) -> None:
         """Make room for carries that are written back; done once, at the first of them.
@@ -323,8 +327,42 @@ class Storage:
         Returns:
             ``[HEADS, lanes]`` int64 on the live memory: for saving and for people, not for synchronisation.
         """
-        words = self.memory.bytes[self.heads_offset : self.directory_offset].view(np.int64)
-        return words.reshape(HEADS, self.head_bytes // 8)[:, : self.lanes]
+        return self._heads
+
+    def snapshot(self) -> np.ndarray:
+        """Copy what draws depend on besides the rows: see `as_of`.
+
+        Returns:
+            ``[3, lanes]`` int64: committed, reserved and episodes of every lane.
+        """
+        return self._heads[:3].copy()
+
+    def as_of(self, snapshot: np.ndarray) -> "Storage":
+        """View the storage as it was: draws made on it are those made then, while the rows are still there.
+
+        Args:
+            snapshot: From `snapshot`.
+
+        Returns:
+            A storage to draw from.
+        """
+        past = copy(self)
+        past.heads_then = np.ascontiguousarray(snapshot, np.int64)
+        past.plan = self.plan.copy()
+        for line, word in zip(past.heads_then, (k.COMMITTED, k.RESERVED, k.EPISODES), strict=True):
+            past.plan[word] = line.ctypes.data
+        return past
+
+    def longest_episode(self) -> int:
+        """Measure the longest episode that has ended and whose end is stored.
+
+        Returns:
+            Steps; 0 where none has ended.
+        """
+        count, offset = self.lanes * self.ring, self.records_offset + k.FLAGS
+        words = np.ndarray(count, np.uint32, self.memory.bytes, offset, self.stride)
+        ends = words[words & k.CLOSING != 0]
+        return int(ends.max() >> k.INDEX_SHIFT) if len(ends) else 0
 
     def indices(self, lanes: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Look up the numbers that live rows have in their episodes.

@@ -5,7 +5,7 @@ depends on the tick alone; which process gathers it, how fast, and whether one d
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,6 +17,18 @@ Draw = Callable[[int, int, int], Draws]
 KEPT = 32  # entries beside those drawn ahead: the one being made, and those that a `DeviceFeed` has taken ahead
 
 
+class Past(Protocol):
+    """Remember what draws were made on, and make them again."""
+
+    def snapshot(self) -> np.ndarray | None:
+        """Copy what draws depend on besides the rows; see `UnitSampler.snapshot`."""
+        ...
+
+    def redraw(self, snapshot: np.ndarray, key: int, number: int, count: int) -> Draws:
+        """Make draws again; see `UnitSampler.redraw`."""
+        ...
+
+
 class DrawTable:
     """Keep the draws of the batches that are under way.
 
@@ -26,10 +38,14 @@ class DrawTable:
         batch_size: B.
         lookahead: Batches drawn ahead of delivery, >= 0.
         shared: Whether other processes gather.
+        past: What can make draws again, so that a state needs no ids but a few words for each lane.
     """
 
-    def __init__(self, draw: Draw, key: int, batch_size: int, lookahead: int, *, shared: bool) -> None:
+    def __init__(
+        self, draw: Draw, key: int, batch_size: int, lookahead: int, *, shared: bool, past: Past | None = None
+    ) -> None:
         self._draw, self.key, self.batch_size, self.lookahead = draw, key, batch_size, lookahead
+        self._past, self._snapshots = past, dict[int, np.ndarray]()
         self.drawn = 0  # batches: the number of the next one to draw
         self.delivered = 0  # batches handed out
         self.taken_ahead = 0  # and how many of those a `DeviceFeed` still holds
@@ -41,7 +57,8 @@ class DrawTable:
         self._entries = words.view(np.int64).reshape(self.lookahead + KEPT, 3, self.batch_size)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_entries"}
+        left_out = {"_entries", "_draw", "_past", "_snapshots"}  # only the learner ticks
+        return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -57,9 +74,13 @@ class DrawTable:
             NotEnoughDataError: If no stored step can start a sample. The number stays the next one.
         """
         number = self.drawn
+        snapshot = None if self._past is None else self._past.snapshot()
         made = self._draw(self.key, number * self.batch_size, self.batch_size)
         entry = self.entry(number)
         entry.ids[:], entry.limits[:], entry.weights[:] = made.ids, made.limits, made.weights
+        self._snapshots.pop(number - self.lookahead - KEPT, None)
+        if snapshot is not None:
+            self._snapshots[number] = snapshot
         self.drawn += 1
         return number
 
@@ -81,11 +102,30 @@ class DrawTable:
         Returns:
             The next batch to deliver, and the draws from there on.
         """
-        delivered = self.delivered - self.taken_ahead
-        entries = [self._entries[batch % (self.lookahead + KEPT)] for batch in range(delivered, self.drawn)]
-        shape = (0, 3, self.batch_size)
-        made = {"key": self.key, "batch_size": self.batch_size, "batch": delivered}
-        return made | {"entries": np.stack(entries) if entries else np.empty(shape, np.int64)}
+        begin = self.delivered - self.taken_ahead
+        made: dict[str, Any] = {"key": self.key, "batch_size": self.batch_size, "batch": begin}
+        if (snapshots := self._redrawable(begin)) is not None:
+            return made | {"snapshot": snapshots[0], "grown": _narrow(np.diff(snapshots, axis=0))}
+        entries = [self._entries[batch % (self.lookahead + KEPT)] for batch in range(begin, self.drawn)]
+        return made | {"entries": np.stack(entries) if entries else np.empty((0, 3, self.batch_size), np.int64)}
+
+    def _redrawable(self, begin: int) -> np.ndarray | None:
+        """Give what the draws under way were made on, where they come out the same again."""
+        numbers = range(begin, self.drawn)
+        if self._past is None or not numbers or any(number not in self._snapshots for number in numbers):
+            return None
+        snapshots = np.stack([self._snapshots[number] for number in numbers])
+        same = all(
+            np.array_equal(self._redrawn(snapshot, number), self._entries[number % (self.lookahead + KEPT)])
+            for snapshot, number in zip(snapshots, numbers, strict=True)
+        )
+        return snapshots if same else None
+
+    def _redrawn(self, snapshot: np.ndarray, number: int) -> np.ndarray:
+        if self._past is None:
+            raise CheckpointError("loader: the state has no ids; expected those of draws by priority.")
+        made = self._past.redraw(snapshot, self.key, number * self.batch_size, self.batch_size)
+        return np.stack([made.ids, made.limits, made.weights.view(np.int64)])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take draws back.
@@ -96,14 +136,27 @@ class DrawTable:
         Raises:
             CheckpointError: If it is of other draws: another seed, rank or batch size, or drawn further ahead.
         """
-        begin, entries = int(state["batch"]), state["entries"]
+        begin = int(state["batch"])
+        snapshots = _widen(state["snapshot"], state["grown"]) if "snapshot" in state else []
+        ahead = len(snapshots) or len(state["entries"])
         wrong = [name for name in ("key", "batch_size") if state[name] != getattr(self, name)]
-        wrong += ["lookahead"] if len(entries) > self.lookahead + KEPT else []
+        wrong += ["lookahead"] if ahead > self.lookahead + KEPT else []
         if wrong:
             raise CheckpointError(
                 f"loader: the state has another {' and '.join(wrong)} than this loader; expected the same seed, rank, "
                 "batch_size and lookahead. Make the loader as the saved one was."
             )
-        for batch, entry in enumerate(entries, begin):
+        entries = [self._redrawn(snapshot, begin + i) for i, snapshot in enumerate(snapshots)]
+        for batch, entry in enumerate(entries or state["entries"], begin):
             self._entries[batch % (self.lookahead + KEPT)] = entry
-        self.drawn, self.delivered, self.taken_ahead = begin + len(entries), begin, 0
+        self._snapshots = dict(enumerate(snapshots, begin))
+        self.drawn, self.delivered, self.taken_ahead = begin + ahead, begin, 0
+
+
+def _narrow(grown: np.ndarray) -> np.ndarray:
+    """Store small numbers in few bytes."""
+    return grown.astype(np.min_scalar_type(grown.max(initial=0)) if grown.min(initial=0) >= 0 else np.int64)
+
+
+def _widen(snapshot: np.ndarray, grown: np.ndarray) -> np.ndarray:
+    return np.cumsum(np.concatenate([snapshot[None], grown.astype(np.int64)]), axis=0)

@@ -14,6 +14,7 @@ from rlfeed.replay.units import Episode, Sequence, Transition, Unit, need_of, re
 from rlfeed.types import Batch
 
 REDRAWS = 1000
+LEAST_LONGEST = 256  # steps that a slot has room for where no longer episode was seen
 
 
 class UnitSampler:
@@ -39,7 +40,7 @@ class UnitSampler:
                 f"{unit}: one sample touches {span} rows, but a lane has {storage.rows}; expected lanes that hold a "
                 f"sample. Raise capacity to at least {span * storage.lanes} rows, or sample less."
             )
-        self.unit, self._storage = unit, storage
+        self.unit, self._storage, self._sampler = unit, storage, sampler
         self.drawer, self.reader = drawer_for(storage, sampler, unit, priorities), reader_for(storage, unit)
 
     def draw(self, key: int, number: int, count: int, *, tick: bool = True) -> Draws:
@@ -61,6 +62,64 @@ class UnitSampler:
         if not self.drawer.draw(draws, tick=tick):
             raise self.nothing()
         return draws
+
+    def snapshot(self) -> np.ndarray | None:
+        """Copy what draws depend on besides the rows.
+
+        Returns:
+            ``[3 * lanes]`` int64; None where they depend on priorities too.
+        """
+        return None if self.drawer.tree is not None else self._storage.snapshot().ravel()
+
+    def redraw(self, snapshot: np.ndarray, key: int, number: int, count: int) -> Draws:
+        """Make draws again that were made before, while their rows are still there.
+
+        Args:
+            snapshot: Taken before they were made.
+            key: The stream of draws.
+            number: The first draw.
+            count: B.
+
+        Returns:
+            The draws.
+
+        Raises:
+            NotEnoughDataError: If no stored step could start a sample then.
+        """
+        past, draws = self._storage.as_of(snapshot.reshape(3, -1)), Draws.blank(key, number, count)
+        if not drawer_for(past, self._sampler, self.unit, None).draw(draws, tick=False):
+            raise self.nothing()
+        return draws
+
+    def most_bytes(self, count: int) -> int:
+        """Say how long the block of a batch can be.
+
+        Args:
+            count: B.
+
+        Returns:
+            Bytes: of the largest batch; of whole episodes of any length, for twice the longest of today.
+        """
+        unit, steps = self.unit, 1
+        if isinstance(unit, Sequence):
+            steps = unit.length + unit.burn_in
+        elif isinstance(unit, Episode):
+            longest = 2 * self._storage.longest_episode()
+            steps = min(unit.max_length or max(longest, LEAST_LONGEST), self._storage.rows - 1)
+        return self.reader.nbytes(count, steps)
+
+    def check_lengths(self) -> None:
+        """Refuse episodes that are longer than the unit allows, before one of them is drawn.
+
+        Raises:
+            ConfigError: If one is stored.
+        """
+        most = self.unit.max_length if isinstance(self.unit, Episode) else None
+        if most is not None and (longest := self._storage.longest_episode()) > most:
+            raise ConfigError(
+                f"Episode: max_length is {most}, but an episode of {longest} steps is stored; expected none longer. "
+                f"Raise max_length to at least {longest}, or sample windows with Sequence(length=...)."
+            )
 
     def gather(self, draws: Draws, allocate: Allocate = allocate_private) -> Batch:
         """Gather draws; those that were overwritten before they could be copied are drawn again.

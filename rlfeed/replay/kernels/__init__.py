@@ -18,6 +18,7 @@ the GIL. Each has a slow and obvious twin in the tests.
     write    steps to rows
     writeback  what the learner rewrites
     restore  heads to a checkpoint and back
+    signals  words that processes tell each other with
 """
 
 from rlfeed.replay.kernels.draw import draw_episodes, draw_steps
@@ -93,6 +94,7 @@ from rlfeed.replay.kernels.rows import (
     carry_entry,
     count_steps,
 )
+from rlfeed.replay.kernels.signals import await_word, peek, post
 from rlfeed.replay.kernels.stacks import gather_stacks
 from rlfeed.replay.kernels.starts import ALIGNED, BACK, CROSS, ENDED, GRID, NEED, PLAIN, RULE_SIZE, STRICT, WHOLE
 from rlfeed.replay.kernels.tree import check_updates, fold, is_behind, rebuild, set_priorities
@@ -220,6 +222,7 @@ __all__ = [
     "WINDOW_SIZE",
     "WRITTEN",
     "WRITTEN_BACK",
+    "await_word",
     "carry_entry",
     "check_updates",
     "choose_lane",
@@ -241,6 +244,8 @@ __all__ = [
     "is_behind",
     "kind_word",
     "list_windows",
+    "peek",
+    "post",
     "rebuild",
     "relabel_goals",
     "reserved_head",

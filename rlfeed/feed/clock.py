@@ -1,0 +1,91 @@
+"""The learner's clock: each batch delivered makes the draws of a later one, after the priorities that are due."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlfeed.feed.mix import Mix
+from rlfeed.replay.table import DrawTable
+
+LATE_TICKS = 2  # after which priorities from a device take effect, however fast the device was
+
+
+@dataclass(slots=True)
+class _Late:
+    """Priorities that may still be on their way from a device."""
+
+    ticks: int
+    ids: np.ndarray
+    source: np.ndarray | None
+    fetch: Callable[[], np.ndarray]
+
+
+class Clock:
+    """Tick: apply the priorities that are due, then draw the next batch into the table.
+
+    Args:
+        mix: What is drawn from.
+        table: Receives the draws.
+    """
+
+    def __init__(self, mix: Mix, table: DrawTable) -> None:
+        self.mix, self.table = mix, table
+        self.drawn = self.discarded = 0  # batches, in the life of this loader
+        self._late: list[_Late] = []
+
+    def tick(self, timeout_s: float) -> None:
+        """Draw the next batch; see `Mix.tick`.
+
+        Args:
+            timeout_s: Seconds to wait for writers.
+        """
+        for late in [late for late in self._late if late.ticks == 1]:
+            self.mix.update_priorities(late.ids, late.source, late.fetch())
+            self._late.remove(late)
+        self.mix.tick(self.table, timeout_s)
+        self.drawn += 1
+        for late in self._late:
+            late.ticks -= 1
+
+    def update_late(self, ids: np.ndarray, source: np.ndarray | None, fetch: Callable[[], np.ndarray]) -> None:
+        """Give samples new priorities two ticks from now: a fixed time, so that the device's speed changes nothing.
+
+        Args:
+            ids: ``[B]`` int64.
+            source: ``[B]``, the buffers they are of; None where there is one.
+            fetch: Waits for ``[B]`` values and gives them.
+        """
+        self._late.append(_Late(LATE_TICKS, ids, source, fetch))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the draws under way, and the priorities that wait for their tick.
+
+        Returns:
+            The state.
+        """
+        state, late = self.table.state_dict(), []
+        for one in self._late:
+            values = one.fetch()
+            one.fetch = lambda values=values: values
+            late.append({"ticks": one.ticks, "ids": one.ids, "source": one.source, "values": values})
+        return state | ({"late": late} if late else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from another batch; what is under way is discarded.
+
+        Args:
+            state: From `state_dict`.
+
+        Raises:
+            CheckpointError: If it is of other draws.
+        """
+        in_flight = self.table.drawn - self.table.delivered + self.table.taken_ahead
+        self.table.load_state_dict(state)
+        self.discarded += in_flight
+        self.drawn += self.table.drawn - self.table.delivered
+        self._late = [
+            _Late(int(one["ticks"]), one["ids"], one["source"], lambda values=one["values"]: values)
+            for one in state.get("late", ())
+        ]

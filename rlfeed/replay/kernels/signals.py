@@ -1,0 +1,52 @@
+"""Words that processes tell each other with: one stores, the others load."""
+# NumPy's integers are ints to numba:
+# pyright: reportArgumentType=false, reportReturnType=false
+
+from rlfeed.replay.kernels.words import fence, kernel, load_acquire, store_release
+
+
+@kernel("int64(int64)")
+def peek(address: int) -> int:
+    """Load a word, so that nothing after it is read before it.
+
+    Args:
+        address: Of the word.
+
+    Returns:
+        Its value.
+    """
+    return load_acquire(address)
+
+
+@kernel("void(int64, int64)")
+def post(address: int, value: int) -> None:
+    """Store a word after all stores before it, and before all loads after it.
+
+    Whoever posts "there is work" and then looks whether the other side sleeps, while that side posts "I sleep" and then
+    looks for work, cannot both look too early.
+
+    Args:
+        address: Of the word.
+        value: What to store.
+    """
+    store_release(address, value)
+    fence()
+
+
+@kernel("int64(int64, int64, int64)")
+def await_word(address: int, least: int, spins: int) -> int:
+    """Look at a word until it reaches a value, without giving the processor away.
+
+    Args:
+        address: Of the word.
+        least: The value.
+        spins: How often to look.
+
+    Returns:
+        What it was at last.
+    """
+    word = load_acquire(address)
+    while word < least and spins > 0:
+        word = load_acquire(address)
+        spins -= 1
+    return word
