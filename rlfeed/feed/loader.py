@@ -122,8 +122,6 @@ class ReplayLoader(DataLoader[Any]):
             self.set_limiter(limiter)
         name = f"draws of {self._mix.unit}, {self._table.batch_size} a batch, {self._table.lookahead} ahead"
         self._mix.buffers[0].keep(f"{name}, key {self._table.key}", self._clock)
-        for buffer in self._mix.buffers:
-            buffer.unread.protect(self.settle)
 
     def check_worker_number_rationality(self) -> None:
         """Leave torch's warning out: workers here wait asleep, and more of them than processors are sometimes meant."""
@@ -171,15 +169,22 @@ class ReplayLoader(DataLoader[Any]):
             warnings.warn(f"make_loader: {threads}.", RuntimeWarning, stacklevel=4)
             self.num_workers, self.choice = 0, threads
         if threads:
+            self._protect()
             return InThread(source, self._timeout_s)
         if not self.num_workers:
             return AtOnce(source)
+        self._protect()
         slots, owed = slots_for(self.num_workers, lookahead, self._depth)
         ring = Ring(self.num_workers, slots, slot_bytes_for(source, self._begun), lookahead + KEPT)
         if self._register is not None:
             self._unregister = self._register(ring.address, ring.nbytes)
         context = choose_context(self.multiprocessing_context)
         return Workers(source, ring, Slots(ring, owed), self._begun, context, self._timeout_s, self._on_worker_death)
+
+    def _protect(self) -> None:
+        """Have this process's writers wait for what is gathered elsewhere."""
+        for buffer in self._mix.buffers:
+            buffer.unread.protect(self.settle)
 
     def _end(self) -> None:
         if self._gatherer is not None:

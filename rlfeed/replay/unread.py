@@ -29,7 +29,8 @@ class Unread:
             settle: Waits until all that was drawn has been gathered; let go with its object.
         """
         self._budget = 0
-        self.settlers.append(weakref.WeakMethod(settle))
+        if all(settler() != settle for settler in self.settlers):
+            self.settlers.append(weakref.WeakMethod(settle))
 
     def before_rows(self, rows: int) -> None:
         """Wait, if need be, before writing.
