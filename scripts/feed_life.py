@@ -1,6 +1,9 @@
 """How a feed begins, ends, goes on and stays fresh: looked at once, beside PyTorch's DataLoader."""
 
 import gc
+import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -37,6 +40,7 @@ def look() -> dict[str, Figures]:
         "copies of the payload after storage": copies(),
         "close with 4 blocked workers": close_blocked(4),
         "2 workers started anew, until each has brought a batch": restart(),
+        "2 workers killed, until each new one has brought a batch": killed(),
         **resume(),
     }
 
@@ -123,15 +127,16 @@ def mapping_of(tensor: Tensor) -> str:
 
 
 def block(batch: Any) -> Any:
-    """Stand in for a transform, or a source, that does not come back.
+    """Stand in for a transform, or a source, that does not come back from a worker.
 
     Args:
         batch: Any.
 
     Returns:
-        The same, in an hour.
+        The same; in a worker in an hour.
     """
-    time.sleep(3600)
+    if multiprocessing.parent_process() is not None:
+        time.sleep(3600)
     return batch
 
 
@@ -144,16 +149,9 @@ def close_blocked(workers: int) -> Figures:
     Returns:
         Seconds.
     """
-    loader = make_loader(
-        small_buffer(),
-        Transition(),
-        batch_size=256,
-        num_workers=workers,
-        lookahead=workers,
-        transform=block,
-        timeout_s=5,
-    )
-    with suppress(FeedTimeoutError, RuntimeError):
+    limits = {"num_workers": workers, "lookahead": workers, "timeout_s": 5}
+    loader = make_loader(small_buffer(), Transition(), batch_size=256, transform=block, **limits)
+    with suppress(FeedTimeoutError):
         next(iter(loader))
     begin = time.perf_counter()
     loader.close()
@@ -194,6 +192,27 @@ def restart() -> Figures:
     return {"DataLoader": ", ".join(figures), "rlfeed": f"{own:.3f} s"}
 
 
+def killed() -> Figures:
+    """Kill workers under a loader that starts others in their place.
+
+    Returns:
+        Seconds until each of those has brought a batch.
+    """
+    buffer = small_buffer()
+    with make_loader(buffer, Transition(), batch_size=256, num_workers=2, on_worker_death="restart") as loader:
+        batches = iter(loader)
+        for _ in range(8):
+            next(batches)
+        begin = time.perf_counter()
+        for child in multiprocessing.active_children():
+            if child.pid is not None:
+                os.kill(child.pid, signal.SIGKILL)
+        for _ in range(8):  # more than had been made
+            next(batches)
+        took, restarts = time.perf_counter() - begin, loader.stats().restarts
+    return {"DataLoader": "raises RuntimeError", "rlfeed": f"{took:.3f} s" if restarts == 2 else "wrong"}
+
+
 def started_again(loader: Iterable[Any], close: Callable[[], object]) -> float:
     """Iterate twice and time the beginning of the second time.
 
@@ -223,31 +242,32 @@ def resume() -> dict[str, Figures]:
     """Take the state of a loader of two workers and go on with others, on another loader.
 
     Returns:
-        The size of the state, and seconds by number of workers.
+        The size of the state, and the time by number of workers.
     """
     buffer = small_buffer()
     loader = make_loader(buffer, Transition(), batch_size=256, num_workers=2)
     batches = iter(loader)
     for _ in range(100):
         next(batches)
+    begin = time.perf_counter()
     state = loader.state_dict()
+    saved_ms = (time.perf_counter() - begin) * 1e3
     expected = [next(batches).clone() for _ in range(8)]
     loader.close()
-    facts = {"resume: size of the state": f"{sum(memoryview(part).nbytes for part in encode(state)):,} bytes"}
+    size = sum(memoryview(part).nbytes for part in encode(state))
+    facts = {"resume: state_dict": f"{saved_ms:.2f} ms, {size:,} bytes"}
     for workers in (0, 1, 3):
-        other = make_loader(buffer, Transition(), batch_size=256, num_workers=workers)
-        next(iter(other))
-        begin = time.perf_counter()
-        other.load_state_dict(other.state_dict() | dict(state))
-        loaded_ms = (time.perf_counter() - begin) * 1e3
-        batches = iter(other)
-        resumed = [next(batches)]
-        first_ms = (time.perf_counter() - begin) * 1e3
-        resumed += [next(batches).clone() for _ in range(7)]
-        other.close()
+        with make_loader(buffer, Transition(), batch_size=256, num_workers=workers) as other:
+            begin = time.perf_counter()
+            other.load_state_dict(state)
+            loaded_ms = (time.perf_counter() - begin) * 1e3
+            batches = iter(other)
+            resumed = [next(batches).clone()]
+            first_ms = (time.perf_counter() - begin) * 1e3
+            resumed += [next(batches).clone() for _ in range(7)]
         same = all(torch.equal(a.reward, b.reward) for a, b in zip(resumed, expected, strict=True))
-        shown = f"{loaded_ms:.1f} ms, the first batch after {first_ms:.1f} ms" if same else "wrong batches"
-        facts[f"resume: from 2 workers to {workers}"] = shown
+        shown = f"{loaded_ms:.2f} ms, with the first batch {first_ms:.1f} ms" if same else "wrong batches"
+        facts[f"resume: load_state_dict of 2 workers with {workers}"] = shown
     return {name: {"DataLoader": "has no state", "rlfeed": figure} for name, figure in facts.items()}
 
 
