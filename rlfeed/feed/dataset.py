@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from rlfeed.errors import ConfigError, FeedTimeoutError, FieldError, NotEnoughDataError, UnsupportedError
+from rlfeed.errors import (
+    ConfigError,
+    FeedTimeoutError,
+    FieldError,
+    NotEnoughDataError,
+    UnsupportedError,
+    WorkerError,
+)
 from rlfeed.feed.turns import Turns
 from rlfeed.nest import Nest, map_nest
 from rlfeed.replay.buffer import ReplayBuffer
@@ -124,13 +131,22 @@ class _Stream:
     def batch(self, index: int, size: int) -> Batch:
         """Draw and gather this worker's batch ``index`` of ``size`` samples, waiting for data if it may."""
         number = self.first_draw + (index * self.num_workers + self.worker) * size
-        batch = self._read(number, size)
-        return batch if self.dataset.transform is None else self.dataset.transform(batch)
+        return self._transformed(self._read(number, size))
 
     def single(self, index: int) -> Batch:
         """Draw and gather one sample by itself, for a collate function that is not ours."""
-        batch = self._read(self.first_draw + index * self.num_workers + self.worker, 1)
-        return batch if self.dataset.transform is None else self.dataset.transform(batch)
+        return self._transformed(self._read(self.first_draw + index * self.num_workers + self.worker, 1))
+
+    def _transformed(self, batch: Batch) -> Batch:
+        if self.dataset.transform is None:
+            return batch
+        try:
+            return self.dataset.transform(batch)
+        except StopIteration as error:  # torch would take it for the end of this worker's share, and say nothing
+            raise WorkerError(
+                f"ReplayDataset: the transform raised StopIteration in worker {self.worker}; expected a Batch. "
+                "Where it calls next(), give it a default."
+            ) from error
 
     def _read(self, number: int, size: int) -> Batch:
         # A block born in shared memory travels to the learner without another copy.

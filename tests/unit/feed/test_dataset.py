@@ -290,6 +290,19 @@ def test_transform_reaches_samples_of_other_collates():
     assert batch["weights"].tolist() == [-1.0] * 6
 
 
+def runs_out(batch):
+    return next(iter([]))
+
+
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_transform_that_raises_stop_iteration_is_an_error_and_not_the_end(batch_size):
+    """Feed trap T28: torch would take it for the end, and go on without that worker's batches."""
+    dataset = ReplayDataset(make_buffer(), Transition(), batch_size=batch_size, transform=runs_out)
+    options = {"batch_size": None} if batch_size else {"batch_size": 8, "collate_fn": pad_collate}
+    with pytest.raises(errors.WorkerError, match="the transform raised StopIteration in worker 0"):
+        next(iter(DataLoader(dataset, **options)))
+
+
 def test_loader_counts_draws_whatever_the_transform_makes_of_them():
     def double(batch):
         return {"reward": torch.cat([batch.reward, batch.reward])}
