@@ -1,52 +1,73 @@
 """One exact finite pass: each stored step once."""
 
+import multiprocessing
+import warnings
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, cast
 
 import numpy as np
 
 from rlfeed.errors import ConfigError, UnsupportedError
-from rlfeed.feed.dataset import Transform
+from rlfeed.feed.calibration import slot_bytes_for
+from rlfeed.feed.dataset import WAIT_S
+from rlfeed.feed.gatherers import AtOnce, Gatherer, Source, Transform
+from rlfeed.feed.ring import Ring, Slots, slots_for
 from rlfeed.feed.rollouts import Pieces
+from rlfeed.feed.workers import Workers, choose_context
 from rlfeed.replay.buffer import ReplayBuffer
 from rlfeed.replay.samplers import stream_key
 from rlfeed.replay.units import Unit
 from rlfeed.types import Batch
 
-
-class Samples(Protocol):
-    """Give samples that hold each step once, by number."""
-
-    lengths: np.ndarray  # [N] int64, steps in each
-
-    def take(self, picked: np.ndarray) -> Batch:
-        """Gather samples.
-
-        Args:
-            picked: ``[B]`` int64, which ones.
-
-        Returns:
-            The batch.
-        """
-        ...
+_AHEAD = 4  # batches that workers make before they are asked for, at least
 
 
-class Epoch(Iterator[Batch]):
-    """Give samples once, in batches; made by `epoch`.
+class Order:
+    """Say which samples each batch of a pass holds: a draw table that is known from the beginning.
 
     Args:
-        samples: What to give.
-        order: Their numbers, in the order in which they are given.
+        numbers: ``[N]`` int64, the samples' numbers in the order of the pass.
         batch_size: B.
-        count: How many batches.
-        transform: Applied to each batch.
+        key: Of the pass.
     """
 
-    def __init__(
-        self, samples: Samples, order: np.ndarray, batch_size: int, count: int, transform: Transform | None
-    ) -> None:
-        self._samples, self._order, self._batch_size, self._count = samples, order, batch_size, count
-        self._transform, self._next = transform, 0
+    def __init__(self, numbers: np.ndarray, batch_size: int, key: int) -> None:
+        self._numbers, self.batch_size, self.key = numbers, batch_size, key
+
+    def entry(self, batch: int) -> np.ndarray:
+        """Give the samples of a batch.
+
+        Args:
+            batch: Its number.
+
+        Returns:
+            ``[B]`` int64; fewer in a last short batch.
+        """
+        return self._numbers[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
+class _Slots(Slots):
+    """Slots of a pass, whose batches may well be kept, all of them: copies are no mistake then."""
+
+    def _warn(self, what: str, message: str) -> None:
+        if what != "copies":
+            super()._warn(what, message)
+
+
+class Epoch(Iterator[Any]):
+    """Give the batches of one pass; made by `epoch`.
+
+    Args:
+        source: What makes them, by their numbers.
+        count: How many there are.
+        num_workers: Worker processes; 0 makes each when it is asked for.
+    """
+
+    def __init__(self, source: Source, count: int, num_workers: int) -> None:
+        self._source, self._count, self._num_workers = source, count, num_workers
+        self._ahead = max(_AHEAD, num_workers) if num_workers else 0
+        self._begun = self._given = 0
+        self._gatherer: Gatherer | None = None
 
     def __len__(self) -> int:
         """Count the batches of the pass.
@@ -56,15 +77,35 @@ class Epoch(Iterator[Batch]):
         """
         return self._count
 
-    def __next__(self) -> Batch:
-        if self._next == self._count:
+    def __next__(self) -> Any:
+        if self._given == self._count:
+            self.close()
             raise StopIteration
-        begin = self._next * self._batch_size
-        batch = self._samples.take(self._order[begin : begin + self._batch_size])
-        if self._transform is not None:
-            batch = self._transform(batch)
-        self._next += 1  # only now: a batch that could not be given stays the next one
+        if self._gatherer is None:
+            self._gatherer = self._start()
+        while self._begun < min(self._count, self._given + self._ahead + 1):
+            self._gatherer.begin(self._begun)
+            self._begun += 1
+        batch = self._gatherer.take(self._given)
+        self._given += 1  # only now: a batch that could not be given stays the next one
         return batch
+
+    def _start(self) -> Gatherer:
+        if self._num_workers and multiprocessing.current_process().daemon:
+            message = "epoch: this process is a daemon, which may not start processes: it gathers itself instead."
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+            self._num_workers = self._ahead = 0
+        if not self._num_workers:
+            return AtOnce(self._source)
+        slots, owed = slots_for(self._num_workers, self._ahead, 0)
+        ring = Ring(self._num_workers, slots, slot_bytes_for(self._source, 0), self._ahead + 1)
+        return Workers(self._source, ring, _Slots(ring, owed), 0, choose_context(None), WAIT_S, "raise")
+
+    def close(self) -> None:
+        """Let the workers go, and end the pass."""
+        if self._gatherer is not None:
+            self._gatherer.close()
+        self._given, self._gatherer = self._count, None
 
 
 def epoch(
@@ -92,7 +133,7 @@ def epoch(
         drop_last: Leave out a last batch that is not full.
         num_workers: Processes that gather; the batches do not depend on it.
         seed: Of the order, >= 0.
-        transform: Applied to each `Batch`.
+        transform: Applied to each `Batch`, in the worker where there is one; see `make_loader`.
         bucket: Above 1, samples of similar length come together, which saves padding: of every ``bucket`` batches the
             samples are sorted by length before they are cut into batches again, and batches come in random order.
 
@@ -115,12 +156,18 @@ def epoch(
         wrong.append(f"buffer is a {type(buffer).__name__}; expected a ReplayBuffer, or a Batch of steps")
     if wrong:
         raise ConfigError(f"epoch: {'; '.join(wrong)}.")
-    if num_workers:
-        raise UnsupportedError(f"epoch: num_workers is {num_workers}; expected 0 in this version.")
+    if num_workers and (isinstance(buffer, Batch) or buffer.storage_kind in ("private", "cuda")):
+        kind = "a Batch" if isinstance(buffer, Batch) else f"storage={buffer.storage_kind!r}"
+        raise UnsupportedError(
+            f"epoch: num_workers is {num_workers} and the steps lie in {kind}; expected storage that other processes "
+            "see. Use num_workers=0, or a buffer with storage='shared'."
+        )
     samples = Pieces(buffer, unit) if isinstance(buffer, Batch) else buffer.snapshot(unit)
-    order = arrange(samples.lengths, batch_size, shuffle=shuffle, bucket=bucket, key=stream_key(seed, "epoch"))
-    count = len(order) // batch_size if drop_last else -(-len(order) // batch_size)
-    return Epoch(samples, order, batch_size, count, transform)
+    key = stream_key(seed, "epoch")
+    order = Order(arrange(samples.lengths, batch_size, shuffle=shuffle, bucket=bucket, key=key), batch_size, key)
+    count = len(samples.lengths) // batch_size if drop_last else -(-len(samples.lengths) // batch_size)
+    # A snapshot and its order are to a pass what a mix and its draw table are to a loader.
+    return Epoch(Source(cast(Any, samples), cast(Any, order), transform), count, int(num_workers))
 
 
 def arrange(lengths: np.ndarray, batch_size: int, *, shuffle: bool, bucket: int, key: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlfeed.errors import FieldError, UnsupportedError
 from rlfeed.nest import leaves, map_nest
+from rlfeed.replay.readers import Allocate, allocate_private
 from rlfeed.replay.units import Episode, Transition, Unit
 from rlfeed.types import Batch
 
@@ -60,11 +61,12 @@ class Pieces:
             at = batch.final_index.cpu().numpy()
             self._finals[at[:, 0], at[:, 1]] = np.arange(len(at))
 
-    def take(self, picked: np.ndarray) -> Batch:
+    def gather(self, picked: np.ndarray, allocate: Allocate = allocate_private) -> Batch:
         """Gather pieces.
 
         Args:
             picked: ``[B]`` int64, which ones.
+            allocate: Not asked: a rollout's batch is gathered by torch, wherever it lies.
 
         Returns:
             ``[B, L]``, padded with zeros to the longest; ``[B]`` for `Transition`.

@@ -78,7 +78,7 @@ class Snapshot:
         self.__dict__.update(state)
         self._bind()
 
-    def take(self, picked: np.ndarray, allocate: Allocate = allocate_private) -> Batch:
+    def gather(self, picked: np.ndarray, allocate: Allocate = allocate_private) -> Batch:
         """Gather samples as they were when the snapshot was made, in any process.
 
         Args:
@@ -93,6 +93,18 @@ class Snapshot:
         """
         draws = Draws(0, 0, self.ids[picked], self._limits[picked], np.ones(len(picked)))
         return self._sampler.gather(draws, allocate)
+
+    def most_bytes(self, count: int) -> int:
+        """Say how long the block of a batch can be.
+
+        Args:
+            count: B.
+
+        Returns:
+            Bytes.
+        """
+        longest = int(self.lengths.max()) + getattr(self._unit, "burn_in", 0)
+        return self._sampler.reader.nbytes(count, longest)
 
 
 def _tiling(unit: Unit) -> Unit:

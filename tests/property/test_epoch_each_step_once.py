@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from support.pass_twin import PassTwin, held
 from support.replay_checks import check_transitions, check_windows, make_buffer
 from support.replay_twin import make_step
+from support.start_method import start_method
 
 from rlfeed.errors import NotEnoughDataError
 from rlfeed.feed import epoch
@@ -28,7 +29,17 @@ CASES = [
     (Episode(), STACKS),
     (Episode(), SPARSE),
 ]
-KINDS = ("go on", "go on", "terminated", "truncated", "both", "cut", "first")
+KINDS = ("go on", "terminated", "truncated", "both", "cut", "first")
+STREAMS = st.tuples(st.integers(0, 80), st.sampled_from([0.3, 0.8, 0.95]), st.integers(0, 1000))
+
+
+def filled(twin, rows, stream, **options):
+    """A buffer of two lanes after some steps, of which so many go on, drawn at random from a seed."""
+    steps, goes_on, seed = stream
+    chances = [goes_on, *[(1 - goes_on) / 5] * 5]
+    buffer = make_buffer(2, rows, frame_stack=twin.frames, carry_every=twin.carry_every, **options)
+    fill(twin, buffer, np.random.default_rng(seed).choice(KINDS, size=(steps, 2), p=chances).tolist())
+    return buffer
 
 
 def fill(twin, buffer, moves):
@@ -57,35 +68,35 @@ def check_pass(twin, batches, unit, batch_size):
 
 @pytest.mark.parametrize(("unit", "options"), CASES, ids=str)
 @settings(max_examples=15, deadline=None)
-@given(
-    moves=st.lists(st.lists(st.sampled_from(KINDS), min_size=2, max_size=2), max_size=60),
-    batch_size=st.integers(1, 7),
-    shuffle=st.booleans(),
-    bucket=st.sampled_from([1, 2]),
-)
-def test_epoch_any_streams_each_stored_step_once(unit, options, moves, batch_size, shuffle, bucket):
+@given(stream=STREAMS, batch_size=st.integers(1, 7), shuffle=st.booleans(), bucket=st.sampled_from([1, 2]))
+def test_epoch_any_streams_each_stored_step_once(unit, options, stream, batch_size, shuffle, bucket):
     twin = PassTwin(2, 17, **options)
-    buffer = make_buffer(2, 17, frame_stack=twin.frames, carry_every=twin.carry_every)
-    fill(twin, buffer, moves)
+    buffer = filled(twin, 17, stream)
     if not twin.steps():
         with pytest.raises(NotEnoughDataError, match="holds no step"):
             epoch(buffer, unit, batch_size)
         return
-    given_once = epoch(buffer, unit, batch_size, shuffle=shuffle, bucket=bucket, seed=len(moves))
+    given_once = epoch(buffer, unit, batch_size, shuffle=shuffle, bucket=bucket, seed=stream[0])
     count = len(given_once)
     batches = list(given_once)
     assert len(batches) == count == -(-len(twin.samples(unit)) // batch_size)
     check_pass(twin, batches, unit, batch_size)
 
 
-def test_epoch_lanes_that_wrapped_many_times_give_pieces():
-    """The same at a size at which every case certainly occurs: lanes that wrapped, long and short episodes."""
-    generator = np.random.default_rng(0)
-    moves = generator.choice(KINDS, size=(200, 3), p=[0.45, 0.45, 0.03, 0.03, 0.01, 0.02, 0.01]).tolist()
-    twin = PassTwin(3, 41)
-    buffer = make_buffer(3, 41)
-    fill(twin, buffer, moves)
-    for unit in (Transition(n_step=4), Sequence(5, burn_in=2), Episode()):
+@pytest.mark.parametrize(("unit", "options"), CASES, ids=str)
+def test_epoch_lanes_that_wrapped_give_what_is_left_of_episodes(unit, options):
+    """The same where every case certainly occurs: 20 lanes that wrapped in the middle of an episode."""
+    for seed in range(10):
+        twin = PassTwin(2, 17, **options)
+        buffer = filled(twin, 17, (60, 0.93, seed))
         check_pass(twin, list(epoch(buffer, unit, 4)), unit, 4)
-    pieces = [batch for batch in epoch(buffer, Episode(), 1) if not batch.is_first[0, 0]]
-    assert pieces  # what is left of episodes whose beginning was overwritten
+
+
+@pytest.mark.parametrize("unit", [Transition(n_step=2), Sequence(3, burn_in=2), Episode()], ids=str)
+@settings(max_examples=4, deadline=None)
+@given(stream=STREAMS, num_workers=st.integers(1, 3), batch_size=st.integers(1, 40))
+def test_epoch_workers_each_stored_step_once(unit, stream, num_workers, batch_size):
+    twin = PassTwin(2, 60)
+    buffer = filled(twin, 60, (stream[0] + 1, *stream[1:]), storage="shared")
+    with start_method("fork"):
+        check_pass(twin, list(epoch(buffer, unit, batch_size, num_workers=num_workers)), unit, batch_size)

@@ -179,7 +179,7 @@ def test_snapshot_survives_pickling_with_its_samples():
     again = pickle.loads(pickle.dumps(snapshot))
     add(buffer, twin, 3, 7)
     picked = np.array([5, 0, 7])
-    assert_same(again.take(picked), snapshot.take(picked))
+    assert_same(again.gather(picked), snapshot.gather(picked))
 
 
 @pytest.mark.parametrize(
