@@ -32,7 +32,7 @@ class Clock:
 
     def __init__(self, mix: Mix, table: DrawTable) -> None:
         self.mix, self.table = mix, table
-        self.drawn = self.discarded = 0  # batches, in the life of this loader
+        self.drawn = self.delivered = self.discarded = 0  # batches, in the life of this loader
         self._late: list[_Late] = []
 
     def tick(self, timeout_s: float) -> None:
@@ -48,6 +48,13 @@ class Clock:
         self.drawn += 1
         for late in self._late:
             late.ticks -= 1
+
+    def count_delivered(self) -> None:
+        """Count the next batch as handed to the consumer."""
+        size = self.table.batch_size
+        self.mix.take(self.table.delivered * size, size)
+        self.table.delivered += 1
+        self.delivered += 1
 
     def update_late(self, ids: np.ndarray, source: np.ndarray | None, fetch: Callable[[], np.ndarray]) -> None:
         """Give samples new priorities two ticks from now: a fixed time, so that the device's speed changes nothing.

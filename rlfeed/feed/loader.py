@@ -110,7 +110,7 @@ class ReplayLoader(DataLoader[Any]):
         self._on_worker_death: OnDeath = on_worker_death
         self._depth, self._register, self._unregister = 0, None, None
         self._gatherer: Gatherer | None = None
-        self._turn, self._begun, self._delivered, self._limits = 0, 0, 0, False
+        self._turn, self._limits = 0, False
         self._counts = np.zeros(3, np.int64)  # copies, parcels and restarts of gatherers that were closed
         self._owner = os.getpid()
         self.choice = "as asked for"
@@ -160,9 +160,9 @@ class ReplayLoader(DataLoader[Any]):
     def _start(self) -> Gatherer:
         """Start what makes batches; the draws of the next one are known."""
         source, lookahead = self._source, self._table.lookahead
-        self._begun = self._table.delivered
+        first = self._table.begun = self._table.delivered
         if self._auto:
-            self._auto, (self.num_workers, self.choice) = False, choose_workers(source, self._begun)
+            self._auto, (self.num_workers, self.choice) = False, choose_workers(source, first)
         threads = self.choice if not self.num_workers and self.choice.startswith("auto") else ""
         if self.num_workers and multiprocessing.current_process().daemon:
             threads = "this process is a daemon, which may not start processes: a thread gathers instead"
@@ -175,11 +175,11 @@ class ReplayLoader(DataLoader[Any]):
             return AtOnce(source)
         self._protect()
         slots, owed = slots_for(self.num_workers, lookahead, self._depth)
-        ring = Ring(self.num_workers, slots, slot_bytes_for(source, self._begun), lookahead + KEPT)
+        ring = Ring(self.num_workers, slots, slot_bytes_for(source, first), lookahead + KEPT)
         if self._register is not None:
             self._unregister = self._register(ring.address, ring.nbytes)
         context = choose_context(self.multiprocessing_context)
-        return Workers(source, ring, Slots(ring, owed), self._begun, context, self._timeout_s, self._on_worker_death)
+        return Workers(source, ring, Slots(ring, owed), first, context, self._timeout_s, self._on_worker_death)
 
     def _protect(self) -> None:
         """Have this process's writers wait for what is gathered elsewhere."""
@@ -245,27 +245,26 @@ class ReplayLoader(DataLoader[Any]):
             WorkerError: If a worker raised or died.
         """
         self._check_turn(turn)
-        table, size = self._table, self._table.batch_size
+        table = self._table
         while table.drawn <= table.delivered + table.lookahead:
             self._clock.tick(self._timeout_s)
             self._begin()
         self._begin()
-        self._mix.wait_to_take(size, self._timeout_s)
+        self._mix.wait_to_take(table.batch_size, self._timeout_s)
         batch = self._begin().take(table.delivered)
-        self._mix.take(table.delivered * size, size)
-        table.delivered += 1
-        self._delivered += 1
+        self._clock.count_delivered()
         return batch
 
     def _begin(self) -> Gatherer:
         """Have everything made that has been drawn, as far as there are slots: a state may hold more."""
-        if self._gatherer is None:
-            self._gatherer = self._start()
-        ends = min(self._table.drawn, self._table.delivered + self._table.lookahead + 1)
-        while self._begun < ends:
-            self._gatherer.begin(self._begun)
-            self._begun += 1
-        return self._gatherer
+        gatherer, table = self._gatherer, self._table
+        if gatherer is None:
+            gatherer = self._gatherer = self._start()
+        ends = min(table.drawn, table.delivered + table.lookahead + 1)
+        while table.begun < ends:
+            gatherer.begin(table.begun)
+            table.begun += 1
+        return gatherer
 
     def _check_turn(self, turn: int) -> None:
         if os.getpid() != self._owner:
@@ -344,7 +343,7 @@ class ReplayLoader(DataLoader[Any]):
         copies, parcels, restarts = (int(count) for count in self._counts + self._counted())
         return LoaderStats(
             drawn=self._clock.drawn * size,
-            delivered=(self._delivered - table.taken_ahead) * size,
+            delivered=(self._clock.delivered - table.taken_ahead) * size,
             in_flight=(table.drawn - table.delivered + table.taken_ahead) * size,
             discarded=self._clock.discarded * size,
             copies=copies,

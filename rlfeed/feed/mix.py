@@ -184,7 +184,7 @@ class Mix:
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            self.buffers[0].gate.wait_to_take(0, timeout_s, self._others_write)
+            self.wait_to_take(0, timeout_s)
             try:
                 drawn = table.tick()
             except NotEnoughDataError as error:
@@ -219,7 +219,9 @@ class Mix:
 
     def wait_to_take(self, count: int, timeout_s: float) -> None:
         """Wait until the limiter lets samples through; see `Gate.wait_to_take`."""
-        self.buffers[0].gate.wait_to_take(count, timeout_s, self._others_write)
+        gate = self.buffers[0].gate
+        if gate.active[0]:
+            gate.wait_to_take(count, timeout_s, self._others_write)
 
     def take(self, number: int, count: int) -> None:
         """Count samples as delivered.

@@ -47,6 +47,7 @@ class DrawTable:
         self._draw, self.key, self.batch_size, self.lookahead = draw, key, batch_size, lookahead
         self._past, self._snapshots = past, dict[int, np.ndarray]()
         self.drawn = 0  # batches: the number of the next one to draw
+        self.begun = 0  # batches: the number of the next one to have made
         self.delivered = 0  # batches handed out
         self.taken_ahead = 0  # and how many of those a `DeviceFeed` still holds
         self._memory = Memory("shared" if shared else "private", (lookahead + KEPT) * 3 * batch_size * 8)
@@ -55,9 +56,10 @@ class DrawTable:
     def _bind(self) -> None:
         words = self._memory.bytes[: (self.lookahead + KEPT) * 3 * self.batch_size * 8]
         self._entries = words.view(np.int64).reshape(self.lookahead + KEPT, 3, self.batch_size)
+        self._parts = [(ids, limits, weights.view(np.float64)) for ids, limits, weights in self._entries]
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = {"_entries", "_draw", "_past", "_snapshots"}  # only the learner ticks
+        left_out = {"_entries", "_parts", "_draw", "_past", "_snapshots"}  # only the learner ticks
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -93,8 +95,7 @@ class DrawTable:
         Returns:
             The draws, in the table's memory.
         """
-        ids, limits, weights = self._entries[batch % (self.lookahead + KEPT)]
-        return Draws(self.key, batch * self.batch_size, ids, limits, weights.view(np.float64))
+        return Draws(self.key, batch * self.batch_size, *self._parts[batch % (self.lookahead + KEPT)])
 
     def state_dict(self) -> dict[str, Any]:
         """Give what has been drawn and has not reached the consumer.
