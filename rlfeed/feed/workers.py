@@ -86,7 +86,7 @@ class _Maker:
         """Wait until a batch has been drawn; False where it is time to end."""
         ring = self._ring
         ring.act(self._worker, 1, number, time.monotonic_ns())
-        while not ring.is_drawn(number):
+        while not ring.is_drawn(number, spin=True):
             ring.worker_sleeps(self._worker, True)
             if not ring.is_drawn(number) and not ring.is_stopped and self._poll.poll(_LOOK_S * 1e3):
                 self._pipe.recv_bytes()
