@@ -115,6 +115,8 @@ class DeviceFeed:
         self._transfers = Transfers(self._engine, self._depth, static=static_buffers)
         self._loader, self._source, self._ended = loader, None, False
         self._taken: Any = _NOTHING  # from the loader, its copy not begun
+        self._takes_late = self._engine.reads_ahead and hasattr(loader, "update_late")
+        self._names: weakref.WeakKeyDictionary[Batch, Batch] = weakref.WeakKeyDictionary()
         self._delivered, self._wait_s = 0, 0.0
         self._failure: BaseException | None = None
         weakref.finalize(self, self._transfers.close)  # memory goes to others: not while copies use it
@@ -130,7 +132,9 @@ class DeviceFeed:
         if not len(self._transfers):
             failure, self._failure = self._failure, None
             raise failure or StopIteration
-        batch = self._transfers.take()
+        batch, names = self._transfers.take()
+        if names is not None:
+            self._names[batch] = names
         self._tell_loader()
         self._delivered += 1
         self._wait_s += time.monotonic() - begin
@@ -150,7 +154,7 @@ class DeviceFeed:
             if self._ended:
                 return False
             self._tell_loader()
-            self._transfers.start(self._taken)
+            self._transfers.start(self._taken, self._names_of(self._taken))
         except Exception as error:
             if not len(self._transfers):
                 raise
@@ -165,6 +169,27 @@ class DeviceFeed:
         if attach is not None:
             attach(depth=self._depth, register=self._engine.register)
         return iter(self._loader)
+
+    def _names_of(self, batch: Any) -> Batch | None:
+        """Keep on the CPU what else than ids tells where priorities go: the loader would wait for the device for it."""
+        if not (self._takes_late and isinstance(batch, Batch)):
+            return None
+        source, mask = batch.source, batch.loss_mask
+        beside = [part for part in (source, mask) if part is not None]
+        if not beside or self._engine.holds(beside[0]):
+            return None
+        shape = beside[-1].shape
+        flags = torch.empty(shape, dtype=torch.bool)
+        return Batch(
+            observation=(),
+            action=(),
+            reward=torch.empty(shape),
+            terminated=flags,
+            truncated=flags,
+            loss_mask=None if mask is None else mask.clone(),
+            ids=None if batch.ids is None else batch.ids.clone(),
+            source=None if source is None else source.clone(),
+        )
 
     def _tell_loader(self) -> None:
         """Tell the loader how much of what it delivered is not with the consumer yet: its state begins there."""
@@ -188,41 +213,27 @@ class DeviceFeed:
             UnsupportedError: If the loader takes none.
             FieldError: If the batch has no ids, or other than there are values.
         """
-        update, late = (getattr(self._loader, name, None) for name in ("update_priorities", "update_late"))
+        update = getattr(self._loader, "update_priorities", None)
         if update is None:
             raise UnsupportedError(
                 f"DeviceFeed.update_priorities: the loader is a {type(self._loader).__name__}, which takes none; "
                 "expected a ReplayLoader. Use make_loader(buffer, unit, batch_size=...)."
             )
-        late = late if self._engine.reads_ahead else None
-        if late is not None and isinstance(values, Tensor) and self._engine.holds(values):
-            late(*self._fetch(batch, values))
+        names = self._names.get(batch, batch)
+        if self._takes_late and isinstance(values, Tensor) and self._engine.holds(values):
+            self._loader.update_late(names, self._fetch(batch, values))  # pyright: ignore[reportAttributeAccessIssue]
         else:
-            update(batch, values)
+            update(names, values)
 
-    def _fetch(self, batch: Batch, values: Tensor) -> tuple[Batch, Callable[[], np.ndarray]]:
-        """Begin to fetch what priorities need: the host's view of the batch is whole when the values are there."""
+    def _fetch(self, batch: Batch, values: Tensor) -> Callable[[], np.ndarray]:
         ids = None if batch.ids is None else tuple(batch.ids.shape)
         if tuple(values.shape[:1]) != ids:  # now: they are looked at when this call is long over
             raise FieldError(
                 f"update_priorities: values has shape {tuple(values.shape)}, ids {ids}; expected one per sample."
             )
         narrow = values.dtype in (torch.float16, torch.bfloat16)  # NumPy has no bfloat16
-        beside = {"source": batch.source, "loss_mask": batch.loss_mask if values.ndim == 2 else None}
-        wanted = {name: part for name, part in beside.items() if part is not None}
-        landed, wait = self._transfers.fetch([values.detach().float() if narrow else values.detach(), *wanted.values()])
-        given, host = landed[0], dict(zip(wanted, landed[1:], strict=True))
-        unused, flags = torch.empty(values.shape), torch.empty(values.shape, dtype=torch.bool)
-        view = Batch(
-            observation=(), action=(), reward=unused, terminated=flags, truncated=flags, ids=batch.ids,
-            source=host.get("source"), loss_mask=host.get("loss_mask"),
-        )  # fmt: skip
-
-        def fetch() -> np.ndarray:
-            wait()
-            return given.numpy()
-
-        return view, fetch
+        fetched = self._transfers.fetch(values.detach().float() if narrow else values.detach())
+        return lambda: fetched().numpy()
 
     def stats(self) -> FeedStats:
         """Count deliveries, waiting and transfers.

@@ -35,7 +35,7 @@ class Transfers:
     def __init__(self, engine: Engine, depth: int, *, static: bool) -> None:
         self._engine, self._depth, self._process = engine, depth, os.getpid()
         self._places = _Places(depth + 1) if static else None
-        self._ready: deque[tuple[Any, Any]] = deque()  # batches on the device, and when they are there
+        self._ready: deque[tuple[Any, Any, Any]] = deque()  # on the device, what belongs to it, when it is there
         self._held: deque[tuple[Any, list[Tensor]]] = deque()  # when a copy is over, and where it reads
         self.copied_bytes, self.copies = 0, 0
 
@@ -52,20 +52,21 @@ class Transfers:
         with self._engine.active():
             self._let_go(self._depth + 1)
 
-    def start(self, source: Any) -> None:
+    def start(self, source: Any, beside: Any = None) -> None:
         """Begin to copy a batch.
 
         Args:
             source: In host memory; what lies on the device already stays there.
+            beside: Handed over with it.
         """
         with self._engine.active():
-            self._start(source)
+            self._start(source, beside)
 
-    def take(self) -> Any:
+    def take(self) -> tuple[Any, Any]:
         """Hand over the oldest batch; what the consumer does with it waits until it is there.
 
         Returns:
-            The batch on the device.
+            The batch on the device, and what was given beside it.
         """
         with self._engine.active():
             return self._take()
@@ -77,28 +78,28 @@ class Transfers:
                 self._let_go(0)
                 self._ready.clear()
 
-    def fetch(self, tensors: list[Tensor]) -> tuple[list[Tensor], Callable[[], None]]:
-        """Begin to copy tensors of the device back, without waiting for anything.
+    def fetch(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Begin to copy a tensor of the device back, without waiting for anything.
 
         Args:
-            tensors: On the device.
+            tensor: On the device.
 
         Returns:
-            Where they will lie in host memory, and what waits until they do.
+            What waits until it is there, and gives it.
         """
         engine = self._engine
         with engine.active():
-            stream = engine.consumer()  # not the side stream: they would wait behind batches, and have to be held
-            landed = [engine.landing(tensor) for tensor in tensors]
-            for target, tensor in zip(landed, tensors, strict=True):
-                engine.copy(stream, target, tensor)
+            stream = engine.consumer()  # not the side stream: it would wait behind batches, and have to be held
+            landed = engine.landing(tensor)
+            engine.copy(stream, landed, tensor)
             event = engine.record(stream)
 
-        def wait() -> None:
+        def wait() -> Tensor:
             with engine.active():
                 engine.finish(event)
+            return landed
 
-        return landed, wait
+        return wait
 
     def _let_go(self, most: int) -> None:
         while self._held:
@@ -109,13 +110,13 @@ class Transfers:
                 self._engine.finish(event)
             self._held.popleft()
 
-    def _take(self) -> Any:
-        batch, event = self._ready.popleft()
+    def _take(self) -> tuple[Any, Any]:
+        batch, beside, event = self._ready.popleft()
         if event is not None:
             self._engine.wait(self._engine.consumer(), event)
-        return batch
+        return batch, beside
 
-    def _start(self, source: Any) -> None:
+    def _start(self, source: Any, beside: Any) -> None:
         engine, places = self._engine, self._places
         copies: list[tuple[Tensor, Tensor]] = []
 
@@ -136,7 +137,7 @@ class Transfers:
             batch, event = source, None
         else:
             batch, event = map_tensors(place, source, engine.device), self._copy(copies) if copies else None
-        self._ready.append((batch, event))
+        self._ready.append((batch, beside, event))
         if places is not None:
             places.turn += 1
 

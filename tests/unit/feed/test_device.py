@@ -70,7 +70,7 @@ def test_feed_copies_of_the_next_batches_are_over_before_they_are_asked_for(on_s
     for n, batch in zip(range(10), feed, strict=False):
         stats = feed.stats()
         assert (stats.delivered, stats.in_flight, stats.transfers) == (n + 1, 2, n + 3)
-        assert [engine.is_over(event) for _, event in feed._transfers._ready] == [True, True]
+        assert [engine.is_over(event) for _, _, event in feed._transfers._ready] == [True, True]
         engine.read(batch, [])
     assert engine.host_waits == 0
 

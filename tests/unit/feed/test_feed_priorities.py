@@ -1,5 +1,7 @@
 """Priorities that a learner on a device gives back: fetched beside its work, applied later."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from support.slow_copies import Ring, make_batch, slow_feeds
 
 from rlfeed import errors
 from rlfeed.feed import DeviceFeed
+from rlfeed.layout import Layout, Slot
 from rlfeed.types import Batch
 
 on_slow = pytest.fixture(slow_feeds)
@@ -15,8 +18,8 @@ on_slow = pytest.fixture(slow_feeds)
 class Prioritized(Ring):
     """A loader that takes priorities, at once or late."""
 
-    def __init__(self, batches=8):
-        super().__init__(batches)
+    def __init__(self, batches=8, **options):
+        super().__init__(batches, **options)
         self.updates, self.late = [], []
 
     def update_priorities(self, batch, values):
@@ -30,42 +33,61 @@ def test_feed_priorities_from_the_device_are_fetched_late_and_without_waiting(on
     loader = Prioritized()
     feed, engine = on_slow(loader, "lazy", depth=1)
     next(feed)
-    values, source = engine.allocate(torch.empty(4)), engine.allocate(torch.empty(4, dtype=torch.int64))
+    batch, values = make_batch(value=5.0), engine.allocate(torch.empty(4))
     engine.write(values, torch.tensor([1.0, 2.0, 0.5, 4.0]))  # when the consumer comes to it
-    engine.write(source, torch.tensor([0, 1, 1, 0]))
-    batch = make_batch(value=5.0).map(lambda tensor: tensor)
-    object.__setattr__(batch, "source", source)
     waits = engine.host_waits
     feed.update_priorities(batch, values)
-    del values, source  # theirs is the consumer's stream: memory may go at once
+    del values  # its stream is the consumer's: its memory may go to the next one at once
     engine.allocate(torch.empty(4))
-    engine.allocate(torch.empty(4, dtype=torch.int64))
     assert engine.host_waits == waits
-    (view, fetch), updates = loader.late[0], loader.updates
-    assert updates == []
-    assert fetch().tolist() == [1.0, 2.0, 0.5, 4.0]
-    assert view.source.tolist() == [0, 1, 1, 0]  # whole when the values are there
-    assert view.ids.tolist() == [500, 501, 502, 503]
-    assert view.loss_mask is None
-    assert fetch().tolist() == [1.0, 2.0, 0.5, 4.0]
+    (given, fetch), updates = loader.late[0], loader.updates
+    assert (given, updates) == (batch, [])
+    for _ in range(2):
+        assert fetch().tolist() == [1.0, 2.0, 0.5, 4.0]
 
 
-def test_feed_priorities_of_steps_bring_their_mask(on_slow):
-    loader = Prioritized()
-    feed, engine = on_slow(loader, "consumer first", depth=1)
-    values, mask = engine.memory.like(torch.empty(2, 3)), engine.memory.like(torch.empty(2, 3, dtype=torch.bool))
-    values.fill_(2.0)
-    mask.copy_(torch.tensor([[True, True, False], [False, True, True]]))
+class Sequences(Prioritized):
+    """Batches of windows, of several buffers, in slots."""
+
+    def wrap(self, block):
+        shapes = [("reward", torch.float32, (2, 3)), ("loss_mask", torch.bool, (2, 3))]
+        shapes += [(name, torch.int64, (2,)) for name in ("source", "ids")]
+        layout = Layout(
+            tuple(Slot(name, (), dtype, shape, 64 * n) for n, (name, dtype, shape) in enumerate(shapes)), 256
+        )
+        batch = Batch.carve(block, layout)
+        batch.loss_mask.copy_(torch.tensor([[True, True, False], [False, True, True]]))
+        batch.source.copy_(torch.tensor([1, 0]))
+        batch.ids.copy_(torch.tensor([self.number, -self.number]))
+        return batch
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_feed_priorities_of_steps_find_their_mask_and_buffer_on_the_cpu(on_slow, late):
+    """The loader looks at them when it is told of the priorities: on the device it would have to wait for them."""
+    loader = Sequences(nbytes=256)
+    feed, engine = on_slow(loader, "lazy", depth=1)
+    batches = [next(feed), next(feed)]
+    values = engine.memory.like(torch.empty(2, 3))
+    for batch in reversed(batches):
+        feed.update_priorities(batch, values if late else torch.ones(2, 3))
+    names = [given for given, _ in (loader.late if late else loader.updates)]
+    assert [given.ids.tolist() for given in names] == [[2, -2], [1, -1]]
+    assert all(given.loss_mask.tolist() == [[True, True, False], [False, True, True]] for given in names)
+    assert all(given.source.tolist() == [1, 0] for given in names)
+    assert loader.most <= 3  # they hold no slot
+    assert len(feed._names) == 2
+    del batches, batch
+    assert len(feed._names) == 0
+
+
+def test_feed_priorities_of_a_batch_that_was_changed_go_with_it(on_slow):
+    loader = Sequences(nbytes=256)
+    feed, engine = on_slow(loader, "at once", depth=1)
     flags = torch.zeros(2, 3, dtype=torch.bool)
-    batch = Batch(
-        observation=torch.zeros(2), action=torch.zeros(2), reward=torch.zeros(2, 3), terminated=flags, truncated=flags,
-        loss_mask=mask, ids=torch.arange(2),
-    )  # fmt: skip
-    feed.update_priorities(batch, values)
-    view, fetch = loader.late[0]
-    assert fetch().tolist() == [[2.0] * 3] * 2
-    assert view.loss_mask.tolist() == [[True, True, False], [False, True, True]]
-    assert not engine.holds(view.loss_mask)
+    changed = dataclasses.replace(next(feed), terminated=flags, truncated=flags)
+    feed.update_priorities(changed, engine.memory.like(torch.empty(2, 3)))
+    assert loader.late[0][0] is changed
 
 
 def test_feed_priorities_of_half_precision_become_float(on_slow):
