@@ -131,15 +131,21 @@ class Transfers:
             copies.append((target, read))
             return target
 
+        stays = False
+        if isinstance(source, Batch):
+            stays = places is None and engine.holds(source.reward)
+            if not (stays or source.block_and_layout() or engine.holds(source.reward)):
+                source = source.in_block(self._landing)  # a transform took it apart: one transfer all the same
         if places is not None:
             places.check(source)
-        if places is None and isinstance(source, Batch) and engine.holds(source.reward):
-            batch, event = source, None
-        else:
-            batch, event = map_tensors(place, source, engine.device), self._copy(copies) if copies else None
+        batch = source if stays else map_tensors(place, source, engine.device)
+        event = self._copy(copies) if copies else None
         self._ready.append((batch, beside, event))
         if places is not None:
             places.turn += 1
+
+    def _landing(self, nbytes: int) -> Tensor:
+        return self._engine.landing(torch.empty(nbytes, dtype=torch.uint8, device="meta"))
 
     def _copy(self, copies: list[tuple[Tensor, Tensor]]) -> Any:
         engine = self._engine
