@@ -149,7 +149,7 @@ def close_blocked(workers: int) -> Figures:
     Returns:
         Seconds.
     """
-    limits = {"num_workers": workers, "lookahead": workers, "timeout_s": 5}
+    limits: dict[str, Any] = {"num_workers": workers, "lookahead": workers, "timeout_s": 5}
     loader = make_loader(small_buffer(), Transition(), batch_size=256, transform=block, **limits)
     with suppress(FeedTimeoutError):
         next(iter(loader))

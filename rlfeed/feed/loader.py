@@ -249,9 +249,9 @@ class ReplayLoader(DataLoader[Any]):
         while table.drawn <= table.delivered + table.lookahead:
             self._clock.tick(self._timeout_s)
             self._begin()
-        self._begin()
+        gatherer = self._begin()
         self._mix.wait_to_take(table.batch_size, self._timeout_s)
-        batch = self._begin().take(table.delivered)
+        batch = gatherer.take(table.delivered)
         self._clock.count_delivered()
         return batch
 

@@ -259,7 +259,7 @@ class Slots:
         self._ring, self.most_owed, self._most_leased = ring, most_owed, ring.slots - most_owed
         self._free = [deque(range(w * ring.slots, (w + 1) * ring.slots)) for w in range(ring.workers)]
         self._promised: dict[int, int] = {}
-        self._leased: dict[int, weakref.ref[np.ndarray]] = {}
+        self._leased: list[dict[int, weakref.ref[np.ndarray]]] = [{} for _ in range(ring.workers)]
         self._returned: deque[int] = deque()  # by the garbage collector, at any time, in any thread
         self.copies = self.parcels = 0
         self._warned: set[str] = set()
@@ -301,8 +301,8 @@ class Slots:
         """
         self._collect()
         slot, ring = self._promised[batch], self._ring
-        memory = ring.memory_of(slot, nbytes)
-        if sum(other // ring.slots == slot // ring.slots for other in self._leased) >= self._most_leased:
+        memory, leased = ring.memory_of(slot, nbytes), self._leased[ring.worker_of(batch)]
+        if len(leased) >= self._most_leased:
             self._warn(
                 "copies",
                 f"more than {self._most_leased} batches of a worker are still held, so the consumer is handed copies; "
@@ -315,7 +315,7 @@ class Slots:
             return block
         del self._promised[batch]
         # Only the book is touched when it is collected: in a forked child that is a book which nobody reads.
-        self._leased[slot] = weakref.ref(memory, lambda _, slot=slot, returned=self._returned: returned.append(slot))
+        leased[slot] = weakref.ref(memory, lambda _, slot=slot, returned=self._returned: returned.append(slot))
         return torch.from_numpy(memory)
 
     def drop(self, batch: int) -> None:
@@ -341,7 +341,7 @@ class Slots:
     def _collect(self) -> None:
         while self._returned:
             slot = self._returned.popleft()
-            del self._leased[slot]
+            del self._leased[slot // self._ring.slots][slot]
             self._put_back(slot)
 
     def _put_back(self, slot: int) -> None:

@@ -35,6 +35,7 @@ OnDeath = Literal["raise", "restart"]
 _DEATHS = 3  # of workers in a row with the same batch: then it is the batch, and another one would die as well
 _WAKE = b""
 _GRACE_S = 0.2  # for workers to end by themselves; they hold no lock, so they can be killed
+_GLANCE_S = 0.01  # between glances at the pipes where batches are there
 _LOOK_S = 0.5  # between looks at what tells nobody that it changed
 
 
@@ -219,7 +220,7 @@ class Workers:
         self._deaths: list[tuple[int, int]] = [(-1, 0)] * ring.workers  # the batch it died with, how often in a row
         self._drawn = self._taken = first
         self._asked, self._wake_at = [0] * ring.workers, 1 + (slots.most_owed > 2)
-        self.restarts = 0
+        self.restarts, self._look_at = 0, 0.0
         self._lock = threading.RLock()  # of threads of the learner: one that draws, others that write
         self._end = weakref.finalize(self, _end, os.getpid(), ring, self._processes, self._pipes)
         for worker in range(ring.workers):
@@ -291,7 +292,9 @@ class Workers:
             FeedTimeoutError: If it does not come in time.
         """
         with self._lock:
-            self._watch(0)
+            if (now := time.monotonic()) > self._look_at:
+                self._look_at = now + _GLANCE_S
+                self._watch(0)
             self._wait(batch)
             nbytes, number = self.ring.filled(self.slots.slot_of(batch))
             if nbytes == NOT_HERE:

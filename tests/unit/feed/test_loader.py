@@ -399,3 +399,15 @@ def test_timeouts_name_the_side_that_blocks_and_what_it_waits_for():
     assert "FeedTimeoutError: inserting: waited 0 s for the learner to take" in message
     child.join(60)
     assert buffer.stats().inserted == 8  # the first whose samples nobody took
+
+
+def test_state_of_uniform_draws_needs_no_ids_whatever_memory_held_before():
+    """Feed trap T39: weights that nobody sets are not compared."""
+    buffer = buffer_of()
+    fill(buffer, 0, 100)
+    loader = make_loader(buffer, Transition(), batch_size=8)
+    next(iter(loader))
+    for batch in range(loader._table.delivered, loader._table.drawn):
+        loader._table.entry(batch).weights[:] = batch
+
+    assert "entries" not in loader.state_dict()
