@@ -209,7 +209,7 @@ def test_default_loader_works_in_this_process_and_thread():
 
     batch = take(loader_of(make_buffer(), transform=process_of), 1)[0]
     assert batch.extras["process"][0] == os.getpid()
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # those of earlier tests may end meanwhile
 
 
 def uneven():
