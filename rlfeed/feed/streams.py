@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from rlfeed.errors import ConfigError
+from rlfeed.errors import ConfigError, WorkerError
 from rlfeed.feed.turns import Turns
 from rlfeed.replay.samplers import stream_key, subkey
 
@@ -58,7 +58,8 @@ def stream(
         seed: Of the factory's seeds and of the random order, >= 0.
 
     Returns:
-        The dataset. Where items are whole batches, give the loader ``batch_size=None``.
+        The dataset. Where items are whole batches, give the loader ``batch_size=None``. A StopIteration by mistake is a
+        `WorkerError`, and not the end.
 
     Raises:
         ConfigError: If the factory is no such function, or an argument is wrong; all findings at once.
@@ -101,7 +102,6 @@ class Stream(IterableDataset[Any]):
         return self.__dict__
 
     def __iter__(self) -> Iterator[Any]:
-        # A generator itself: a StopIteration that escapes from the transform is an error here, and not the end.
         worker, (turn, _) = get_worker_info(), self._turns.begin()
         worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         key = stream_key(self._seed, "stream", rank=worker_id, turn=turn)
@@ -112,8 +112,17 @@ class Stream(IterableDataset[Any]):
                 "StopIteration by mistake would end the stream in silence. Write a function with yield, such as "
                 "def factory(worker_id, num_workers, seed): yield from ..."
             )
-        for item in self._shuffled(items, subkey(key, 0)) if self._shuffle_buffer else items:
-            yield item if self._transform is None else self._transform(item)
+        items = self._shuffled(items, subkey(key, 0)) if self._shuffle_buffer else items
+        try:
+            for item in items:
+                yield item if self._transform is None else self._transform(item)
+        except (StopIteration, RuntimeError) as error:  # Python makes a RuntimeError of one that leaves a generator
+            if isinstance(error, StopIteration) or isinstance(error.__cause__, StopIteration):
+                raise WorkerError(
+                    f"stream: factory or transform raised StopIteration in worker {worker_id}; expected items, and the "
+                    "end of the generator at its end. Where it calls next(), give it a default."
+                ) from error
+            raise
 
     def _shuffled(self, items: Iterable[Any], key: int) -> Iterator[Any]:
         generator = np.random.Generator(np.random.Philox(key=key & (1 << 64) - 1))

@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 from support.pass_twin import PassTwin, held
 from support.replay_checks import check_transitions, check_windows, make_buffer
 from support.replay_twin import make_step
+from support.slow_streams import slow_device
 from support.start_method import start_method
 
 from rlfeed.errors import NotEnoughDataError
 from rlfeed.feed import epoch
 from rlfeed.replay import Episode, Sequence, Transition
 
+slow = pytest.fixture(slow_device)
 STACKS, SPARSE = {"frames": {"image": 3}}, {"carry_every": 2}
 CASES = [
     (Transition(), {}),
@@ -90,6 +92,13 @@ def test_epoch_lanes_that_wrapped_give_what_is_left_of_episodes(unit, options):
         twin = PassTwin(2, 17, **options)
         buffer = filled(twin, 17, (60, 0.93, seed))
         check_pass(twin, list(epoch(buffer, unit, 4)), unit, 4)
+
+
+@pytest.mark.parametrize(("unit", "options"), CASES, ids=str)
+def test_epoch_rows_on_a_device_give_what_is_left_of_episodes(unit, options, slow):
+    twin = PassTwin(2, 17, **options)
+    buffer = filled(twin, 17, (60, 0.93, 1), storage="cuda")
+    check_pass(twin, list(epoch(buffer, unit, 4)), unit, 4)
 
 
 @pytest.mark.parametrize("unit", [Transition(n_step=2), Sequence(3, burn_in=2), Episode()], ids=str)

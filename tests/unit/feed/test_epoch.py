@@ -12,7 +12,7 @@ from support.replay_checks import make_buffer
 from support.replay_twin import make_step
 
 from rlfeed.errors import ConfigError, NotEnoughDataError, StaleReadError, UnsupportedError
-from rlfeed.feed import cycle, epoch
+from rlfeed.feed import DeviceFeed, cycle, epoch
 from rlfeed.replay import Episode, Hindsight, Prioritized, ReplayBuffer, Sequence, Transition
 from rlfeed.types import Batch
 
@@ -165,6 +165,13 @@ def test_epoch_of_a_prioritized_buffer_takes_each_step_once_too():
     batch = next(epoch(buffer, Transition(), 99))
     assert sorted(batch.reward.tolist()) == list(range(20))
     assert batch.weights.tolist() == [1.0] * 20
+
+
+def test_epoch_through_a_device_feed_is_the_same_pass():
+    buffer, _ = stored(30)
+    fed = list(DeviceFeed(epoch(buffer, Sequence(4), 3), "cpu"))
+    for batch, wanted in zip(fed, epoch(buffer, Sequence(4), 3), strict=True):
+        assert_same(batch, wanted)
 
 
 def test_cycle_of_one_pass_is_refused_when_it_ends():

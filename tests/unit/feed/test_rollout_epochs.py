@@ -115,6 +115,42 @@ def test_epoch_of_a_block_padding_is_invisible_to_a_recurrent_loss():
         torch.testing.assert_close(other, gradients[0])
 
 
+class Recurrent:
+    """A recurrent policy that stores what its network said of each step, as a learner will hear it again."""
+
+    def __init__(self):
+        self.cell, self.head = torch.nn.GRUCell(4, 8), torch.nn.Linear(8, 1)
+
+    def initial_carry(self, num_envs):
+        return np.zeros((num_envs, 8), np.float32)
+
+    def unroll(self, observation, carry):
+        carry = self.cell(observation.float() / 10, carry)
+        return self.head(carry)[:, 0], carry
+
+    def __call__(self, observation, carry, context):
+        with torch.no_grad():
+            value, after = self.unroll(torch.from_numpy(observation), torch.from_numpy(carry))
+        return PolicyOutput(act(observation), after.numpy(), {"value": value.numpy()})
+
+
+def test_epoch_of_blocks_a_learner_hears_what_the_actor_said_step_by_step():
+    """The ratio of the first epoch is 1 in every step, with episodes that end anywhere in a block."""
+    policy = Recurrent()
+    envs = identifiable_envs("serial", NUM_ENVS, lengths=(9, 4, 2, 6), ends=ENDS)
+    views, carried = Rollout(envs, policy).blocks(T), False
+    for _ in range(4):
+        block = next(views)
+        for batch in epoch(block, Episode(), 3):
+            carry = batch.carry
+            carried = carried or bool(carry.any())
+            for t in range(batch.mask.shape[1]):
+                value, carry = policy.unroll(batch.observation[:, t], carry)
+                said, valid = batch.extras["value"][:, t], batch.mask[:, t]
+                torch.testing.assert_close(value[valid], said[valid])
+    assert carried  # some pieces went on from the block before
+
+
 def test_epoch_of_collated_episodes_gives_each_whole_episode():
     envs = identifiable_envs("serial", 2, lengths=LENGTHS, ends=ENDS)
     episodes = list(Rollout(envs, act).episodes(4))

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 import rlfeed
-from rlfeed.errors import ConfigError
+from rlfeed.errors import ConfigError, WorkerError
 from rlfeed.feed import cycle, stream
 
 COUNT = 23
@@ -149,15 +149,25 @@ def test_stream_shuffle_buffer_order_differs_between_passes():
 
 def test_stream_stop_iteration_by_mistake_is_an_error():
     """Feed trap T28: in an iterator that is no generator it silently ends that worker's stream."""
-    with pytest.raises(RuntimeError, match="generator raised StopIteration"):
-        list(fork(stream(careless), 0))
+    for dataset in (stream(careless), stream(careless, shuffle_buffer=2)):
+        with pytest.raises(WorkerError, match=r"raised StopIteration in worker 0; .* give it a default"):
+            list(fork(dataset, 0))
+
+
+def test_stream_other_errors_come_as_they_are():
+    def transform(item):
+        raise RuntimeError(f"item {item}")
+
+    with pytest.raises(RuntimeError, match="item 0") as caught:
+        list(stream(share, transform=transform))
+    assert type(caught.value) is RuntimeError
 
 
 def test_stream_stop_iteration_in_the_transform_is_an_error():
     def transform(item):
         raise StopIteration
 
-    with pytest.raises(RuntimeError, match="generator raised StopIteration"):
+    with pytest.raises(WorkerError, match="raised StopIteration in worker 0"):
         list(stream(share, transform=transform))
 
 
