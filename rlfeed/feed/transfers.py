@@ -133,8 +133,10 @@ class Transfers:
 
         stays = False
         if isinstance(source, Batch):
-            stays = places is None and engine.holds(source.reward)
-            if not (stays or source.block_and_layout() or engine.holds(source.reward)):
+            whole = source.block_and_layout()
+            here = engine.holds(whole[0] if whole else source.reward)
+            stays = here and places is None
+            if not (whole or here):
                 source = source.in_block(self._landing)  # a transform took it apart: one transfer all the same
         if places is not None:
             places.check(source)

@@ -93,6 +93,15 @@ def test_batches_on_the_device_equal_those_on_the_cpu(unit, options):
             assert torch.equal(batch.observation[key].cpu(), wanted.observation[key]), key
 
 
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
+def test_ring_that_is_page_locked_serves_workers_of_any_start_method(context):
+    """Workers that are forked afterwards inherit the mapping, not the device."""
+    loader = ring_of(make_buffer())
+    loader.multiprocessing_context = context
+    with DeviceFeed(loader, "cuda") as feed:
+        assert sum(wrong_in(batch) for batch in itertools.islice(feed, 200)).item() == 0
+
+
 @pytest.mark.parametrize("batches", [2000, pytest.param(100_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("late", ["copies", "consumer"])
 @pytest.mark.parametrize("static_buffers", [False, True])

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import gc
+import threading
 
 import numpy as np
 import pytest
@@ -142,6 +143,14 @@ def test_feed_what_lies_on_the_device_already_is_not_copied(on_slow):
     assert batch.reward.data_ptr() == block.data_ptr() + PITCH
     assert plain is block
     assert feed.stats().transfers == 0
+
+
+def test_feed_copies_without_a_thread_of_its_own(on_slow):
+    """Feed trap T37: one that pins would hold the interpreter while the learner launches its work."""
+    before = threading.enumerate()
+    feed, _ = on_slow(Ring(9), "at once", depth=2)
+    next(feed)
+    assert threading.enumerate() == before
 
 
 # Static buffers.
