@@ -37,7 +37,7 @@ def loader_of(buffer, unit, workers):
 @pytest.mark.parametrize("unit", [Transition(n_step=2), Episode()], ids=["transition", "episode"])
 @pytest.mark.parametrize("schedule", ["lazy", "at once", "random 1"])
 def test_feed_over_workers_gives_every_batch_right_and_no_slot_is_used_too_early(on_slow, monkeypatch, unit, schedule):
-    """Feed traps T25, T27 and T35: slots suffice; those that are let go of are poisoned, and refilled by workers at once."""
+    """Feed traps T25, T27 and T35: slots suffice; those let go of are poisoned, and refilled at once."""
     monkeypatch.setenv("RLFEED_DEBUG", "1")
     buffer, count, depth = make_buffer(), 300, 3
     loader = loader_of(buffer, unit, 2)
