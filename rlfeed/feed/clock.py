@@ -12,14 +12,16 @@ from rlfeed.replay.table import DrawTable
 LATE_TICKS = 2  # after which priorities from a device take effect, however fast the device was
 
 
+# Ids ``[B]``, the buffers they are of (None where there is one), and their values.
+Update = tuple[np.ndarray, np.ndarray | None, np.ndarray]
+
+
 @dataclass(slots=True)
 class _Late:
     """Priorities that may still be on their way from a device."""
 
     ticks: int
-    ids: np.ndarray
-    source: np.ndarray | None
-    fetch: Callable[[], np.ndarray]
+    fetch: Callable[[], Update]
 
 
 class Clock:
@@ -42,7 +44,7 @@ class Clock:
             timeout_s: Seconds to wait for writers.
         """
         for late in [late for late in self._late if late.ticks == 1]:
-            self.mix.update_priorities(late.ids, late.source, late.fetch())
+            self.mix.update_priorities(*late.fetch())
             self._late.remove(late)
         self.mix.tick(self.table, timeout_s)
         self.drawn += 1
@@ -56,15 +58,13 @@ class Clock:
         self.table.delivered += 1
         self.delivered += 1
 
-    def update_late(self, ids: np.ndarray, source: np.ndarray | None, fetch: Callable[[], np.ndarray]) -> None:
+    def update_late(self, fetch: Callable[[], Update]) -> None:
         """Give samples new priorities two ticks from now: a fixed time, so that the device's speed changes nothing.
 
         Args:
-            ids: ``[B]`` int64.
-            source: ``[B]``, the buffers they are of; None where there is one.
-            fetch: Waits for ``[B]`` values and gives them.
+            fetch: Waits for what is to be updated, and gives it.
         """
-        self._late.append(_Late(LATE_TICKS, ids, source, fetch))
+        self._late.append(_Late(LATE_TICKS, fetch))
 
     def state_dict(self) -> dict[str, Any]:
         """Give the draws under way, and the priorities that wait for their tick.
@@ -74,9 +74,9 @@ class Clock:
         """
         state, late = self.table.state_dict(), []
         for one in self._late:
-            values = one.fetch()
-            one.fetch = lambda values=values: values
-            late.append({"ticks": one.ticks, "ids": one.ids, "source": one.source, "values": values})
+            ids, source, values = update = one.fetch()
+            one.fetch = lambda update=update: update
+            late.append({"ticks": one.ticks, "ids": ids, "source": source, "values": values})
         return state | ({"late": late} if late else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -93,6 +93,6 @@ class Clock:
         self.discarded += in_flight
         self.drawn += self.table.drawn - self.table.delivered
         self._late = [
-            _Late(int(one["ticks"]), one["ids"], one["source"], lambda values=one["values"]: values)
+            _Late(int(one["ticks"]), lambda one=one: (one["ids"], one["source"], one["values"]))
             for one in state.get("late", ())
         ]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from rlfeed.errors import ConfigError, FieldError
 from rlfeed.feed.calibration import choose_workers, slot_bytes_for
-from rlfeed.feed.clock import Clock
+from rlfeed.feed.clock import Clock, Update
 from rlfeed.feed.gatherers import AtOnce, Gatherer, InThread, Source, Transform
 from rlfeed.feed.mix import Mix
 from rlfeed.feed.ring import Ring, Slots, check_ring, slots_for
@@ -120,8 +120,8 @@ class ReplayLoader(DataLoader[Any]):
             self._check_size()
         if limiter is not None:
             self.set_limiter(limiter)
-        name = f"draws of {self._mix.unit}, {self._table.batch_size} a batch, {self._table.lookahead} ahead"
-        self._mix.buffers[0].keep(f"{name}, key {self._table.key}", self._clock)
+        name = f"draws of {self._mix.unit}, {self._table.batch_size} a batch, key {self._table.key}"
+        self._mix.buffers[0].keep(name, self._clock)
 
     def check_worker_number_rationality(self) -> None:
         """Leave torch's warning out: workers here wait asleep, and more of them than processors are sometimes meant."""
@@ -305,30 +305,29 @@ class ReplayLoader(DataLoader[Any]):
             FieldError: If a value is no priority, or the shapes differ.
         """
         given = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-        ids, source, values_of = self._named(batch)
-        return self._mix.update_priorities(ids, source, values_of(given))
+        return self._mix.update_priorities(*self._update_of(batch, given))
 
     def update_late(self, batch: Batch, fetch: Callable[[], np.ndarray]) -> None:
         """Give the samples of a batch new priorities two ticks from now; see `DeviceFeed.update_priorities`.
 
         Args:
-            batch: From this loader.
-            fetch: Waits for the values, ``[B]`` or ``[B, T]``, and gives them.
+            batch: From this loader: its ids, source and loss mask, of which all but the ids may still be on their way.
+            fetch: Waits for them and for the values, ``[B]`` or ``[B, T]``, and gives the values.
         """
-        ids, source, values_of = self._named(batch)
-        self._clock.update_late(ids, source, lambda: values_of(fetch()))
 
-    def _named(self, batch: Batch) -> tuple[np.ndarray, np.ndarray | None, Callable[[np.ndarray], np.ndarray]]:
-        """Give the ids of a batch, their buffers, and what makes one value for each of them: copies, not the batch."""
+        def fetch_all() -> Update:
+            given = fetch()
+            return self._update_of(batch, given)
+
+        self._clock.update_late(fetch_all)
+
+    def _update_of(self, batch: Batch, given: np.ndarray) -> Update:
         if batch.ids is None:
             raise FieldError("update_priorities: the batch has no ids; expected one of this loader.")
-        source = None if batch.source is None else batch.source.cpu().numpy().copy()
-        masks, eta = None if batch.loss_mask is None else batch.loss_mask.cpu().numpy().copy(), self._mix.eta
-
-        def values_of(given: np.ndarray) -> np.ndarray:
-            return given if given.ndim != 2 or masks is None else sequence_priorities(given, masks, eta)
-
-        return batch.ids.cpu().numpy().copy(), source, values_of
+        if given.ndim == 2 and batch.loss_mask is not None:
+            given = sequence_priorities(given, batch.loss_mask.cpu().numpy(), self._mix.eta)
+        source = None if batch.source is None else batch.source.cpu().numpy()
+        return batch.ids.cpu().numpy(), source, given
 
     # ------------------------------------------------------------------------------------------- accounting and state
 

@@ -1,12 +1,11 @@
 """The off-policy loop: collect, store, draw, learn, over the whole data path, for any agent.
 
-    Rollout ──► ReplayBuffer ──► ReplayDataset ──► DataLoader(pad_collate) ──► DeviceFeed ──► agent.learn
+    Rollout ──► ReplayBuffer ──► ReplayLoader ──► DeviceFeed ──► agent.learn
 
 What is done next depends on two counters alone, env_steps and updates, so a resumed run goes on where it stood.
 """
 
 import math
-import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -14,10 +13,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from rlfeed.errors import ConfigError, DivergedError, NotEnoughDataError
-from rlfeed.feed import DeviceFeed, ReplayDataset, pad_collate
+from rlfeed.feed import DeviceFeed, make_loader
 from rlfeed.nest import Nest
 from rlfeed.replay import ReplayBuffer
 from rlfeed.replay.units import Unit
@@ -27,8 +25,7 @@ from rlfeed.train.evaluate import Evaluation
 from rlfeed.train.schedule import Rounds
 from rlfeed.types import Batch, Logger, Policy, PolicyContext, PolicyOutput
 
-# Of workers. Not fork: this process has threads. Not forkserver: its children outlive a killed learner.
-_START = "spawn"
+_LOOKAHEAD = 2  # batches for each worker: one that it makes and one that waits
 
 
 class Agent(Protocol):
@@ -161,15 +158,14 @@ class OffPolicyLoop:
         self.updates = 0
         self.evaluation: Evaluation | None = None
 
-        self._dataset = ReplayDataset(buffer, agent.unit, seed=seed)
-        self._loader = DataLoader(
-            self._dataset,
+        self._loader = make_loader(
+            buffer,
+            agent.unit,
             batch_size=config.batch_size,
-            collate_fn=pad_collate,
             num_workers=config.num_workers,
-            multiprocessing_context=_START if config.num_workers else None,
-            worker_init_fn=_ignore_interrupts,
-            generator=torch.Generator().manual_seed(seed),  # torch's global one is not ours to advance
+            lookahead=_LOOKAHEAD * config.num_workers,
+            on_worker_death="restart",
+            seed=seed,
         )
         self._feed: DeviceFeed | None = None
 
@@ -212,7 +208,8 @@ class OffPolicyLoop:
         except _StoppedError:
             pass
         finally:
-            self._feed = None  # ends the workers
+            self._feed = None
+            self._loader.close()
         self.save()
         return False
 
@@ -246,7 +243,6 @@ class OffPolicyLoop:
         self.agent.load_state_dict(checkpoint.load("agent"))
         self.rollout.load_state_dict(checkpoint.load("rollout"))
         self.updates = checkpoint.load("loop")["updates"]
-        self._dataset.load_state_dict({"draw": self.updates * self.config.batch_size})
         self.buffer.cut()
 
     def _updates_due(self) -> int:
@@ -332,11 +328,6 @@ class OffPolicyLoop:
         for tag, value in scalars.items():
             self.logger.scalar(tag, value, env_steps)
         self._means, self._logged_s, self._logged = _Means(), now_s, marks
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which the terminal sends to workers too, to the learner: it still needs them to finish its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Means:

@@ -411,3 +411,47 @@ def test_state_of_uniform_draws_needs_no_ids_whatever_memory_held_before():
         loader._table.entry(batch).weights[:] = batch
 
     assert "entries" not in loader.state_dict()
+
+# ---------------------------------------------------------------------------------------------------- late priorities
+
+
+def values_for(number, count):
+    return np.random.default_rng(number).uniform(0, 5, count).astype(np.float32)
+
+
+def train_late(late, resume_at=None, directory=None):
+    buffer = buffer_of(sampler=Prioritized())
+    fill(buffer, 0, 60)
+    loader = make_loader(buffer, Transition(), batch_size=6, seed=5)
+    seen, waiting = [], None
+    for number in range(14):
+        batch = next(iter(loader))
+        seen.append((batch.ids.tolist(), batch.weights.tolist()))
+        if late:
+            loader.update_late(batch, lambda n=number: values_for(n, 6))
+        else:
+            if waiting is not None:
+                loader.update_priorities(*waiting)
+            waiting = batch, values_for(number, 6)
+        if number == resume_at:
+            buffer.save(directory)
+            buffer = ReplayBuffer.load(directory)
+            loader = make_loader(buffer, Transition(), batch_size=6, seed=5)
+    return seen
+
+
+def test_late_priorities_take_effect_at_the_second_tick_through_a_save_too(tmp_path):
+    """As if they had been given one batch later, however fast the device was."""
+    delayed = train_late(late=False)
+    assert train_late(late=True) == delayed
+    assert train_late(late=True, resume_at=7, directory=tmp_path / "saved") == delayed
+
+
+def test_late_priorities_are_fetched_no_sooner_than_they_are_due():
+    buffer = buffer_of(sampler=Prioritized())
+    fill(buffer, 0, 60)
+    loader = make_loader(buffer, Transition(), batch_size=6)
+    batches, fetched = iter(loader), []
+    for number in range(6):
+        loader.update_late(next(batches), lambda n=number: (fetched.append(n), values_for(n, 6))[1])
+        assert fetched == list(range(number - 1))

@@ -216,7 +216,7 @@ def test_loop_resumed_draws_what_the_uninterrupted_one_would_have_numbered(tmp_p
     first = Run(tmp_path / "a", stop=lambda loop: loop.updates == 6)
     first.loop.run()
     resumed = Run(tmp_path / "b", checkpoint=Checkpoints(tmp_path / "a").latest())
-    assert resumed.loop._dataset.state_dict()["draw"] == 6 * CONFIG.batch_size
+    assert resumed.loop._loader.state_dict()["batch"] == 6
 
 
 def test_config_with_several_wrong_values_names_all():
