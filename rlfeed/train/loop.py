@@ -92,6 +92,7 @@ class LoopConfig:
         batch_size: Samples per update.
         capacity: Rows of the replay buffer: one per stored step and one per episode; the oldest make room.
         num_workers: Processes that assemble batches; 0 assembles them in the learner, the fastest for small networks.
+            Workers have batches drawn two ahead of them: as repeatable a run, and another one.
         eval_every: Env steps from one evaluation to the next; the last policy is always evaluated.
         eval_episodes: Episodes of each evaluation, on environments of its own.
         checkpoint_every: Env steps from one checkpoint to the next; the first and the last are always saved.
