@@ -412,6 +412,7 @@ def test_state_of_uniform_draws_needs_no_ids_whatever_memory_held_before():
 
     assert "entries" not in loader.state_dict()
 
+
 # ---------------------------------------------------------------------------------------------------- late priorities
 
 
