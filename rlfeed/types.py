@@ -183,9 +183,11 @@ class Batch(Ragged):
         # One tensor crosses a process boundary instead of fifteen: torch's worker queue costs 215 us for each.
         if whole := self.block_and_layout():
             block, layout = whole
-            ids = self.ids
-            if ids is not None and ids.untyped_storage().data_ptr() == block.untyped_storage().data_ptr():
+            ids, begin = self.ids, block.data_ptr()
+            if ids is not None and begin <= ids.data_ptr() < begin + layout.nbytes:
                 ids = None  # they lie in the block: do not send it twice
+            if self._plain:  # torch moves what it shares, and plain fields would not follow: it gets a name of its own
+                block = torch.from_numpy(block.numpy())
             return Batch.carve, (block, layout, ids)
         return _rebuild, ({f.name: getattr(self, f.name) for f in fields(self) if f.init},)
 

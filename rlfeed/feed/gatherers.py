@@ -1,7 +1,7 @@
 """How batches are made whose draws are known: in this thread, in one beside it, or (`Workers`) in processes."""
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, Protocol
 
@@ -154,27 +154,28 @@ class InThread:
 
     def take(self, batch: int) -> Any:
         """Wait for the thread, and transform what it gathered; see `Gatherer.take`."""
-        gathered = self._wait(batch)
+        try:
+            gathered = self._begun[batch].result(self._timeout_s)
+        except FutureTimeoutError as error:
+            raise self._late(batch) from error
+        except Exception:
+            self.begin(batch)  # it may be asked for again
+            raise
         made = self._source.finish(gathered, batch)
         del self._begun[batch]
         return made
 
-    def _wait(self, batch: int) -> Batch:
-        try:
-            return self._begun[batch].result(self._timeout_s)
-        except FutureTimeoutError as error:
-            raise FeedTimeoutError(
-                f"make_loader: waited {self._timeout_s:.0f} s for the thread that gathers batch {batch} "
-                f"({self._source.draws_of(batch)}). Raise timeout_s, or lower batch_size."
-            ) from error
-        except Exception:
-            self.begin(batch)  # it may be asked for again
-            raise
-
     def settle(self) -> None:
-        """Wait for the thread; see `Gatherer.settle`."""
-        for batch in list(self._begun):
-            self._wait(batch)
+        """Wait for the thread; see `Gatherer.settle`. Errors are for whoever takes the batch."""
+        begun = dict(self._begun)  # a copy: the learner's thread takes batches meanwhile
+        if wait(begun.values(), self._timeout_s).not_done:
+            raise self._late(min(begun))
+
+    def _late(self, batch: int) -> FeedTimeoutError:
+        return FeedTimeoutError(
+            f"make_loader: waited {self._timeout_s:.0f} s for the thread that gathers batch {batch} "
+            f"({self._source.draws_of(batch)}). Raise timeout_s, or lower batch_size."
+        )
 
     def close(self) -> None:
         """End the thread."""

@@ -121,7 +121,18 @@ class Ring:
         """
         self._words[self._targets + batch % self.entries] = slot
         k.post(self._address + _DRAWN * 8, batch + 1)
-        return self._words[_LINE * (1 + self.worker_of(batch)) + _SLEEPS] != 0
+        return self.is_asleep(self.worker_of(batch))
+
+    def is_asleep(self, worker: int) -> bool:
+        """Tell whether a worker sleeps: where it does not, it sees what was published before.
+
+        Args:
+            worker: Which.
+
+        Returns:
+            True where it must be woken.
+        """
+        return bool(self._words[_LINE * (1 + worker) + _SLEEPS])
 
     def is_ready(self, batch: int, slot: int, *, spin: bool = False) -> bool:
         """Tell whether a batch is there.

@@ -325,7 +325,7 @@ class Workers:
         worker, begin = ring.worker_of(batch), time.monotonic()
         if ring.is_ready(batch, slot):
             return
-        if self._asked[worker]:
+        if self._asked[worker] and ring.is_asleep(worker):  # else nobody reads the byte: the pipe would fill up
             self._wake(worker)
         while not ring.is_ready(batch, slot, spin=True):
             if (failure := self._failures.pop(worker, None)) is not None:

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from copy import deepcopy
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -81,6 +82,16 @@ def test_batch_edited_dict_is_not_lost_in_a_copy(batch):
     for copy in (batch.clone(), pickle.loads(pickle.dumps(batch)), batch.through(torch.clone)):
         assert torch.equal(copy.observation["vector"], batch.observation["vector"])
         assert torch.equal(copy.extras["advantage"], torch.ones(5))
+
+
+def test_batch_sent_through_a_queue_keeps_its_memory_here(batch):
+    """Torch moves what it shares to other memory: fields that were carved before must not be left behind."""
+    before, reward, address = batch.reward.clone(), batch.reward, batch._block.data_ptr()
+    sent = bytes(ForkingPickler.dumps(batch))
+    assert batch._block.data_ptr() == address
+    assert not batch._block.is_shared()
+    assert reward.equal(before)
+    assert pickle.loads(sent).reward.equal(before)
 
 
 def test_batch_pickled_sends_its_block_once(batch):

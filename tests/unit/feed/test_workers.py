@@ -16,7 +16,8 @@ import torch
 from gymnasium.spaces import Box, Discrete
 
 from rlfeed import errors
-from rlfeed.feed import make_loader, ring
+from rlfeed.feed import gatherers, make_loader, ring
+from rlfeed.feed.workers import Workers
 from rlfeed.replay import Episode, Prioritized, ReplayBuffer, Sequence, Transition
 from rlfeed.types import Batch, Step
 
@@ -469,3 +470,37 @@ def test_loader_has_no_length():
     """Feed trap T38."""
     with pytest.raises(TypeError, match="goes on for ever"):
         len(loader_of(buffer_of(), workers=0))
+
+
+def test_worker_that_is_busy_is_not_woken(monkeypatch):
+    """It would not read the byte: after some hundred of them the learner would wait for it in a full pipe."""
+
+    def slow(batch):
+        time.sleep(0.002)
+        return batch
+
+    asleep, wake = [], Workers._wake
+    monkeypatch.setattr(
+        Workers, "_wake", lambda self, worker: (asleep.append(self.ring.is_asleep(worker)), wake(self, worker))
+    )
+    loader = loader_of(buffer_of(), workers=1, transform=slow)
+    for _ in zip(range(60), loader, strict=False):
+        pass
+    loader.close()
+    assert asleep.count(False) <= 2  # it may have woken up by itself
+
+
+def test_error_of_a_gathering_thread_is_for_whoever_takes_the_batch():
+    class Failing:
+        def gather(self, batch):
+            raise errors.StaleReadError(f"batch {batch}")
+
+        def draws_of(self, batch):
+            return "draws"
+
+    gatherer = gatherers.InThread(Failing(), HANG_S)
+    gatherer.begin(0)
+    gatherer.settle()  # a writer's
+    with pytest.raises(errors.StaleReadError, match="batch 0"):
+        gatherer.take(0)
+    gatherer.close()
