@@ -284,6 +284,38 @@ def test_worker_exception_reaches_the_loop_with_its_traceback():
     loader.close()
 
 
+class WordedError(Exception):
+    """Has an attribute of the name that torch takes for an argument of the constructor."""
+
+    message = "what is said by default"
+
+
+def fails_in_words(learner):
+    def make(batch):
+        if os.getpid() != learner:
+            raise WordedError("in words")
+        return batch
+
+    return make
+
+
+def test_exception_with_a_message_is_garbled_by_torch_and_kept_here():
+    """Fact 11 once more, feed trap T10.
+
+    said    a worker's error may stop the loader without saying why
+    torch   an exception whose class has a `message` comes out as a TypeError about its own constructor
+    rlfeed  it is the cause of the `WorkerError`
+    """
+    with pytest.raises(TypeError, match="WordedError.* takes no keyword arguments"):
+        next(iter(Forked(Rows(1, fails_in_words(os.getpid())), num_workers=1)))
+
+    loader = loader_of(make_buffer(), num_workers=1, transform=fails_in_words(os.getpid()))
+    with pytest.raises(errors.WorkerError, match="WordedError: in words") as caught:
+        take(loader, 1)
+    assert type(caught.value.__cause__) is WordedError
+    loader.close()
+
+
 def unpicklable(batch):
     return lambda: batch
 

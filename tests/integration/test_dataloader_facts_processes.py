@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from rlfeed import errors
 from rlfeed.feed import DeviceFeed, ReplayDataset, pad_collate, stream
+from rlfeed.feed.workers import choose_context
 from rlfeed.replay import Episode
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -95,8 +96,8 @@ def test_pickled_tensors_move_to_shared_memory_and_leave_their_arrays_behind():
     assert buffer._storage.memory.bytes.ctypes.data == address
 
 
-def test_start_method_is_fork_on_linux_only_before_python_3_14():
-    """Fact 32, feed trap T21.
+def test_start_method_is_fork_on_linux_only_before_python_3_14(monkeypatch):
+    """Fact 32, feed traps T21 and T31.
 
     said    Linux forks
     torch   until Python 3.13; forkserver from 3.14 on, so that everything must be picklable
@@ -106,6 +107,11 @@ def test_start_method_is_fork_on_linux_only_before_python_3_14():
         assert multiprocessing.get_all_start_methods()[0] == ("forkserver" if sys.version_info >= (3, 14) else "fork")
     with pytest.raises((AttributeError, pickle.PicklingError), match=r"an't pickle local object"):
         ForkingPickler.dumps(Items(lambda: range(3)))
+
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", None)  # as where nobody chose one
+    for chosen, expected in ((None, "forkserver"), (multiprocessing.get_context("fork"), "fork")):
+        if expected in multiprocessing.get_all_start_methods():
+            assert choose_context(chosen).get_start_method() == expected
 
     def local(worker_id, num_workers, seed):
         yield worker_id

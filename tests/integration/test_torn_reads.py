@@ -146,7 +146,7 @@ def wait_for_rows(buffer, writers, rows):
 
 
 def test_four_writers_and_four_readers_no_row_is_torn():
-    """Trap 28, in every start method: rows with sums, read while all lanes wrap again and again."""
+    """Trap 28, feed trap T24, in every start method: rows with sums, read while all lanes wrap again and again."""
     (read, torn, unwritten), written = stress(
         100_000, ("forkserver", "fork", "fork", "fork"), ("spawn", "fork", "fork", "fork")
     )
