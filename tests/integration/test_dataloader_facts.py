@@ -306,7 +306,7 @@ def test_exception_with_a_message_is_garbled_by_torch_and_kept_here():
     torch   an exception whose class has a `message` comes out as a TypeError about its own constructor
     rlfeed  it is the cause of the `WorkerError`
     """
-    with pytest.raises(TypeError, match="WordedError.* takes no keyword arguments"):
+    with pytest.raises(TypeError, match=r"WordedError.* takes no keyword arguments"):
         next(iter(Forked(Rows(1, fails_in_words(os.getpid())), num_workers=1)))
 
     loader = loader_of(make_buffer(), num_workers=1, transform=fails_in_words(os.getpid()))
