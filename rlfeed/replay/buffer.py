@@ -201,7 +201,7 @@ class ReplayBuffer:
             LaneError: If no lane is free. Nothing has been written in any of these cases.
         """
         if self.unread.settlers:
-            self.unread.before_rows(sum(batch.reward.shape) + 1)
+            self.unread.before_rows(2 * batch.reward.numel())  # all in one lane, with their closing rows
         return self._writer.extend(batch)
 
     def cut(self, env_ids: Lanes | None = None) -> int:
@@ -358,6 +358,7 @@ class ReplayBuffer:
             FieldError: If a column is not ``carry`` as declared, or an id has none. Nothing has been written then.
             CapacityError: If there is no memory for it; it is reserved at the first call.
         """
+        self.unread.settle()  # what was drawn before has the state of then, whoever gathers it
         return write_back(self._storage, ids, columns)
 
     def stats(self) -> ReplayStats:

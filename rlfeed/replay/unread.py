@@ -41,12 +41,17 @@ class Unread:
         self._budget -= rows
         if self._budget >= 0:
             return
-        fresh = self._storage.ring - int(self._storage.heads()[1].max())  # places that were never written
-        if fresh < rows:
-            for settler in list(self.settlers):
-                settle = settler()
-                if settle is None:
-                    self.settlers.remove(settler)
-                else:
-                    settle()
-        self._budget = max(fresh, self._storage.ring - self._storage.rows) - rows
+        spare, fresh = self._storage.ring - self._storage.rows, self._storage.ring - int(self._storage.heads()[1].max())
+        if fresh < rows:  # fresh places were never written, so nobody reads there
+            self.settle()
+            fresh = spare
+        self._budget = fresh - rows
+
+    def settle(self) -> None:
+        """Wait until all that was drawn has been gathered."""
+        for settler in list(self.settlers):
+            settle = settler()
+            if settle is None:
+                self.settlers.remove(settler)
+            else:
+                settle()
