@@ -58,6 +58,18 @@ class Clock:
         self.table.delivered += 1
         self.delivered += 1
 
+    def take_back(self) -> bool:
+        """Count batches as not delivered that a `DeviceFeed` took ahead and will not hand over any more.
+
+        Returns:
+            Whether there were any: they are to be made again.
+        """
+        ahead, self.table.taken_ahead = self.table.taken_ahead, 0
+        self.table.delivered -= ahead
+        self.delivered -= ahead
+        self.mix.take(self.table.delivered * self.table.batch_size, ahead * self.table.batch_size, sign=-1)
+        return ahead > 0
+
     def update_late(self, fetch: Callable[[], Update]) -> None:
         """Give samples new priorities two ticks from now: a fixed time, so that the device's speed changes nothing.
 

@@ -224,7 +224,12 @@ class ReplayLoader(DataLoader[Any]):
         self._table.taken_ahead = batches
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Begin another iterator where the one before stopped; that one ends."""
+        """Begin another iterator where the one before stopped; that one ends.
+
+        What a `DeviceFeed` took from it and has not handed over comes again.
+        """
+        if self._clock.take_back():
+            self._end()
         self._turn += 1
         return _Batches(self, self._turn)
 

@@ -223,18 +223,19 @@ class Mix:
         if gate.active[0]:
             gate.wait_to_take(count, timeout_s, self._others_write)
 
-    def take(self, number: int, count: int) -> None:
+    def take(self, number: int, count: int, sign: int = 1) -> None:
         """Count samples as delivered.
 
         Args:
             number: The first one's draw.
             count: How many.
+            sign: -1 counts them as not delivered again.
         """
         if len(self.buffers) == 1:
-            self.buffers[0].gate.take(count)
+            self.buffers[0].gate.take(sign * count)
             return
         for part, mine, _ in self._shares(number, count):
-            self.buffers[part].gate.take(len(mine))
+            self.buffers[part].gate.take(sign * len(mine))
 
     def update_priorities(self, ids: np.ndarray, source: np.ndarray | None, values: np.ndarray) -> int:
         """Give samples new priorities, each in its buffer.

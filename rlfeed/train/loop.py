@@ -209,8 +209,9 @@ class OffPolicyLoop:
         except _StoppedError:
             pass
         finally:
+            if self._feed is not None:
+                self._feed.close()
             self._feed = None
-            self._loader.close()
         self.save()
         return False
 

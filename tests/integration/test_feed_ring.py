@@ -49,7 +49,8 @@ def test_feed_over_workers_gives_every_batch_right_and_no_slot_is_used_too_early
             engine.read(block, results)
             layouts.append(layout)
             ids.append(batch.ids)
-            leased.append(len(loader._gatherer.slots._leased) - len(loader._gatherer.slots._returned))
+            slots = loader._gatherer.slots
+            leased.append(sum(map(len, slots._leased)) - len(slots._returned))
             del batch, block
         stats = loader.stats()
         assert engine.locked == [(loader._gatherer.ring.address, stats.ring_bytes)]
@@ -97,3 +98,23 @@ def test_feed_resumes_with_the_batch_that_the_consumer_did_not_have(on_slow):
     resumed.load_state_dict(state)
     rest = [batch.ids.tolist() for batch in itertools.islice(resumed, 7)]
     assert first + rest == straight
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_feed_after_another_one_goes_on_with_the_very_next_batch(on_slow, workers):
+    """What the first had taken ahead was never handed over: I7."""
+    buffer = make_buffer()
+    wanted = [batch.ids.tolist() for batch in itertools.islice(loader_of(buffer, Transition(), 0), 12)]
+    loader, seen = loader_of(buffer, Transition(), workers), []
+    for count in (5, 7):
+        feed, engine = on_slow(loader, "lazy", depth=3)
+        seen += [next(feed).ids.tolist() for _ in range(count)]
+        feed.close()
+        stats = loader.stats()
+        assert stats.drawn == stats.delivered + stats.in_flight + stats.discarded
+        assert stats.delivered == 16 * len(seen)
+        engine.synchronize()
+    assert seen == wanted
+    next(iter(loader))
+    assert buffer.stats().delivered == 12 * 16 + 13 * 16
+    loader.close()
