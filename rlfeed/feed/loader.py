@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from rlfeed.errors import ConfigError, FieldError
 from rlfeed.feed.calibration import choose_workers, slot_bytes_for
 from rlfeed.feed.clock import Clock, Update
+from rlfeed.feed.contexts import choose_context
 from rlfeed.feed.gatherers import AtOnce, Gatherer, InThread, Source, Transform
 from rlfeed.feed.mix import Mix
 from rlfeed.feed.ring import Ring, Slots, check_ring, slots_for
-from rlfeed.feed.workers import OnDeath, Workers, choose_context
+from rlfeed.feed.workers import OnDeath, Workers
 from rlfeed.replay.buffer import ReplayBuffer
 from rlfeed.replay.limiter import Limiter
 from rlfeed.replay.memory import readable_bytes

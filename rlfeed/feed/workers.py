@@ -6,7 +6,6 @@ queues, no locks and no feeding threads, so a worker may be killed at any instan
 goes on with the same draws.
 """
 
-import multiprocessing
 import os
 import pickle
 import select
@@ -21,13 +20,17 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rlfeed.errors import ConfigError, FeedTimeoutError, RlfeedError, WorkerError
+from rlfeed.feed.contexts import ignore_interrupts, uninterrupted
 from rlfeed.feed.gatherers import Source
+from rlfeed.feed.inbox import Inbox
 from rlfeed.feed.ring import NOT_HERE, Ring, Slots
 from rlfeed.layout import Layout
+from rlfeed.replay import kernels as k
 from rlfeed.replay.readers import allocate_private
 from rlfeed.types import Batch
 
@@ -56,7 +59,7 @@ class _Job:
 
 
 def _work(job: _Job, pipe: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too, but the learner decides
+    ignore_interrupts()  # Ctrl-C reaches workers too, but the learner decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     _watch(job)
@@ -169,7 +172,8 @@ def _outlive(learner: int) -> None:
         while _is_alive(learner):
             time.sleep(_LOOK_S)
     else:
-        select.select([handle], [], [])
+        pollfd = np.array([(handle, select.POLLIN, 0)], "i4,i2,i2")
+        k.exit_after(pollfd.ctypes.data)
     os._exit(0)
 
 
@@ -182,7 +186,7 @@ def _is_alive(process: int) -> bool:
 
 
 def _die_with_parent() -> None:
-    """Have the kernel kill this process with the thread that started it: also one that keeps the GIL for ever."""
+    """Have the kernel kill this process with the thread that started it: also one that was stopped."""
     import ctypes
 
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
@@ -212,6 +216,7 @@ class Workers:
         self._source, self.ring, self.slots, self._context = source, ring, slots, context
         self._timeout_s, self._on_death = timeout_s, on_death
         self._pipes: list[Connection | None] = [None] * ring.workers
+        self._inboxes: list[Inbox | None] = [None] * ring.workers
         self._processes: list[Any] = [None] * ring.workers
         self._poll, self._owner = select.poll(), {}
         self._layouts: list[dict[int, Layout]] = [{} for _ in range(ring.workers)]
@@ -236,7 +241,8 @@ class Workers:
         job = _Job(worker, first, self._source, ring, os.getpid(), lives, max(self._layouts[worker], default=-1) + 1)
         process = self._context.Process(target=_work, args=(job, theirs), name=f"rlfeed-worker-{worker}", daemon=True)
         try:
-            process.start()
+            with uninterrupted():
+                process.start()
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             mine.close()
             raise ConfigError(
@@ -246,7 +252,7 @@ class Workers:
             ) from error
         finally:
             theirs.close()
-        self._pipes[worker], self._processes[worker] = mine, process
+        self._pipes[worker], self._inboxes[worker], self._processes[worker] = mine, Inbox(mine), process
         for handle in (mine.fileno(), process.sentinel):
             self._poll.register(handle, select.POLLIN)
             self._owner[handle] = worker
@@ -351,15 +357,17 @@ class Workers:
         """Read what workers sent, and see who died."""
         for handle, _ in self._poll.poll(wait_s * 1e3):
             worker = self._owner.get(handle)
-            pipe = None if worker is None else self._pipes[worker]
-            if worker is None or pipe is None:
+            inbox = None if worker is None else self._inboxes[worker]
+            if worker is None or inbox is None:
                 continue
             try:
-                if handle == pipe.fileno() or pipe.poll():
-                    self._receive(worker, pipe.recv_bytes())
-                else:
-                    raise EOFError
+                messages = inbox.read()
             except (EOFError, OSError):
+                self._bury(worker)
+                continue
+            for message in messages or ():
+                self._receive(worker, message)
+            if messages is None and handle == self._processes[worker].sentinel:
                 self._bury(worker)
 
     def _receive(self, worker: int, message: bytes) -> None:
@@ -410,7 +418,7 @@ class Workers:
                 self._poll.unregister(handle)
                 self._owner.pop(handle, None)
             pipe.close()
-            self._pipes[worker] = None
+            self._pipes[worker] = self._inboxes[worker] = None
 
     def close(self) -> None:
         """End all workers, whatever they do."""
@@ -454,22 +462,3 @@ def _advice(code: int | None, act: str) -> str:
             "it does; its own output says more."
         )
     return "on_worker_death='restart' goes on with the same draws."
-
-
-def choose_context(context: Any) -> Any:
-    """Choose how worker processes are started.
-
-    Args:
-        context: A context of `multiprocessing`, or None: what the user has set for this process, else forkserver (a
-            fork of a process that has threads can hang), else spawn.
-
-    Returns:
-        The context.
-    """
-    if context is None:
-        methods, method = multiprocessing.get_all_start_methods(), multiprocessing.get_start_method(allow_none=True)
-        context = multiprocessing.get_context(method or ("forkserver" if "forkserver" in methods else "spawn"))
-    if context.get_start_method() == "forkserver":
-        # Imported once, in the process that forks them: a worker is there after 0.05 s instead of 3 s.
-        context.set_forkserver_preload(["__main__", __name__])
-    return context

@@ -94,7 +94,7 @@ from rlfeed.replay.kernels.rows import (
     carry_entry,
     count_steps,
 )
-from rlfeed.replay.kernels.signals import await_word, peek, post
+from rlfeed.replay.kernels.signals import await_word, exit_after, peek, post
 from rlfeed.replay.kernels.stacks import gather_stacks
 from rlfeed.replay.kernels.starts import ALIGNED, BACK, CROSS, ENDED, GRID, NEED, PLAIN, RULE_SIZE, STRICT, WHOLE
 from rlfeed.replay.kernels.tree import check_updates, fold, is_behind, rebuild, set_priorities
@@ -235,6 +235,7 @@ __all__ = [
     "draw_masses",
     "draw_recent",
     "draw_steps",
+    "exit_after",
     "fold",
     "free_lane",
     "gather_stacks",

@@ -2,7 +2,12 @@
 # NumPy's integers are ints to numba:
 # pyright: reportArgumentType=false, reportReturnType=false
 
+from numba import types
+
 from rlfeed.replay.kernels.words import fence, kernel, load_acquire, store_release
+
+_poll = types.ExternalFunction("poll", types.int32(types.intp, types.uintp, types.int32))
+_exit = types.ExternalFunction("_exit", types.void(types.int32))
 
 
 @kernel("int64(int64)")
@@ -50,3 +55,15 @@ def await_word(address: int, least: int, spins: int) -> int:
         word = load_acquire(address)
         spins -= 1
     return word
+
+
+@kernel("void(int64)")
+def exit_after(pollfd: int) -> None:
+    """Wait for a descriptor, then end this process at once, even where another thread keeps the GIL for ever.
+
+    Args:
+        pollfd: Address of the one ``struct pollfd`` that says which; it must stay.
+    """
+    while _poll(pollfd, 1, -1) != 1:  # a signal came between
+        pass
+    _exit(0)
