@@ -162,18 +162,24 @@ def _watch(job: _Job) -> None:
     """End with the learner, however it ends: nobody else would tell a worker that computes, or that sleeps."""
     if job.dies_with_parent:
         _die_with_parent()
-    threading.Thread(target=_outlive, args=(job.learner,), name="rlfeed-watch", daemon=True).start()
+    try:
+        handle = os.pidfd_open(job.learner)
+    except (AttributeError, OSError):  # not Linux, or it is gone already
+        threading.Thread(target=_outlive, args=(job.learner,), name="rlfeed-watch", daemon=True).start()
+        return
+    pollfd, waits = np.array([(handle, select.POLLIN, 0)], "i4,i2,i2"), np.zeros(1, np.int64)
+    threading.Thread(target=_exit_after, args=(pollfd, waits), name="rlfeed-watch", daemon=True).start()
+    while not waits[0]:  # the user's code may take the GIL and keep it
+        time.sleep(1e-4)
+
+
+def _exit_after(pollfd: np.ndarray, waits: np.ndarray) -> None:
+    k.exit_after(pollfd.ctypes.data, waits.ctypes.data)
 
 
 def _outlive(learner: int) -> None:
-    try:
-        handle = os.pidfd_open(learner)
-    except (AttributeError, OSError):  # not Linux, or it is gone already
-        while _is_alive(learner):
-            time.sleep(_LOOK_S)
-    else:
-        pollfd = np.array([(handle, select.POLLIN, 0)], "i4,i2,i2")
-        k.exit_after(pollfd.ctypes.data)
+    while _is_alive(learner):
+        time.sleep(_LOOK_S)
     os._exit(0)
 
 

@@ -337,6 +337,18 @@ class Storage:
         """
         return self._heads[:3].copy()
 
+    def still_holds(self, snapshot: np.ndarray) -> bool:
+        """Tell whether all rows that could be drawn at a time are stored still.
+
+        Args:
+            snapshot: From `snapshot`, at that time.
+
+        Returns:
+            False where one has been overwritten, or may be at any moment.
+        """
+        oldest_then, reserved = np.maximum(snapshot[0] - self.rows, 0), self._heads[1]
+        return bool((oldest_then >= reserved - self.ring).all())
+
     def as_of(self, snapshot: np.ndarray) -> "Storage":
         """View the storage as it was: draws made on it are those made then, while the rows are still there.
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rlfeed.errors import CheckpointError
+from rlfeed.errors import CheckpointError, NotEnoughDataError
 from rlfeed.replay.draws import Draws
 from rlfeed.replay.memory import Memory
 
@@ -116,10 +116,13 @@ class DrawTable:
         if self._past is None or not numbers or any(number not in self._snapshots for number in numbers):
             return None
         snapshots = np.stack([self._snapshots[number] for number in numbers])
-        same = all(
-            np.array_equal(self._redrawn(snapshot, number)[:2], self._entries[number % (self.lookahead + KEPT)][:2])
-            for snapshot, number in zip(snapshots, numbers, strict=True)
-        )
+        try:
+            same = all(
+                np.array_equal(self._redrawn(snapshot, number)[:2], self._entries[number % (self.lookahead + KEPT)][:2])
+                for snapshot, number in zip(snapshots, numbers, strict=True)
+            )
+        except NotEnoughDataError:  # what they were made on has been overwritten
+            return None
         return snapshots if same else None
 
     def _redrawn(self, snapshot: np.ndarray, number: int) -> np.ndarray:

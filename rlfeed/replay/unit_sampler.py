@@ -86,6 +86,11 @@ class UnitSampler:
         Raises:
             NotEnoughDataError: If no stored step could start a sample then.
         """
+        if not self._storage.still_holds(snapshot.reshape(3, -1)):
+            raise NotEnoughDataError(
+                "ReplayBuffer: rows that draws were made on have been overwritten since; expected them to be stored "
+                "still. Raise capacity: a lane keeps a 128th of its rows for that."
+            )
         past, draws = self._storage.as_of(snapshot.reshape(3, -1)), Draws.blank(key, number, count)
         if not drawer_for(past, self._sampler, self.unit, None).draw(draws, tick=False):
             raise self.nothing()

@@ -57,13 +57,15 @@ def await_word(address: int, least: int, spins: int) -> int:
     return word
 
 
-@kernel("void(int64)")
-def exit_after(pollfd: int) -> None:
+@kernel("void(int64, int64)")
+def exit_after(pollfd: int, waits: int) -> None:
     """Wait for a descriptor, then end this process at once, even where another thread keeps the GIL for ever.
 
     Args:
         pollfd: Address of the one ``struct pollfd`` that says which; it must stay.
+        waits: Address of a word that becomes 1 when the wait has begun and needs the GIL no more.
     """
+    store_release(waits, 1)
     while _poll(pollfd, 1, -1) != 1:  # a signal came between
         pass
     _exit(0)

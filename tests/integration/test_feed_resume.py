@@ -1,0 +1,97 @@
+"""Stop at any draw, go on with any number of workers: the batches are those of the run that never stopped."""
+
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+from gymnasium.spaces import Box, Discrete
+
+from rlfeed.feed import make_loader
+from rlfeed.replay import Episode, Mixture, Prioritized, Recent, ReplayBuffer, Sequence, Transition, Uniform
+from rlfeed.types import Step
+
+UNITS = {"transition": Transition(n_step=2), "sequence": Sequence(5, burn_in=1), "episode": Episode(max_length=8)}
+SAMPLERS = {
+    "uniform": lambda: Uniform(),
+    "prioritized": lambda: Prioritized(),
+    "recent": lambda: Recent(half_life=20),
+    "mixture": lambda: Mixture({Uniform(): 0.5, Prioritized(): 0.5}),
+}
+
+
+def add(buffer, begin, end, length=7):
+    """Steps whose observation and reward are their number."""
+    never = np.zeros(2, bool)
+    for i in range(begin, end):
+        observation, over, first = np.full((2, 1), i, np.float32), np.full(2, i % length == length - 1), i % length == 0
+        actions, rewards = np.full(2, i % 9), np.full(2, i, np.float32)
+        buffer.add(Step(observation, actions, rewards, observation + 1, over, never, is_first=np.full(2, first)))
+
+
+class Run:
+    """A learner that reads, writes priorities back and adds steps, the same whenever it is asked for batch n."""
+
+    def __init__(self, unit, sampler, capacity=2100, grow=1):
+        self.unit, self.sampler, self.capacity, self.grow, self.at, self.seen = unit, sampler, capacity, grow, 0, []
+        self.buffer = self.new_buffer()
+        add(self.buffer, 0, 1000)
+
+    def new_buffer(self):
+        space = Box(-np.inf, np.inf, (1,), np.float32)
+        sampler = SAMPLERS[self.sampler]()
+        return ReplayBuffer(space, Discrete(9), capacity=self.capacity, num_envs=2, sampler=sampler)
+
+    def loader(self, workers, **kwargs):
+        loader = make_loader(self.buffer, self.unit, batch_size=6, num_workers=workers, seed=5, **kwargs)
+        if workers:
+            loader.multiprocessing_context = "fork"
+        return loader
+
+    def go_on(self, loader, batches, source=None):
+        for batch in itertools.islice(source or loader, batches):
+            weights = None if batch.weights is None else batch.weights.tolist()
+            self.seen.append((batch.ids.tolist(), batch.reward.tolist(), weights))
+            if self.sampler in ("prioritized", "mixture"):
+                loader.update_priorities(batch, np.random.default_rng(self.at).uniform(0, 5, len(batch)))
+            add(self.buffer, 1000 + self.grow * self.at, 1000 + self.grow * (self.at + 1))
+            self.at += 1
+
+
+LIGHT = [("transition", "uniform"), ("sequence", "prioritized"), ("episode", "recent"), ("sequence", "mixture")]
+HEAVY = [pair for pair in itertools.product(UNITS, SAMPLERS) if pair not in LIGHT]
+
+
+@pytest.mark.parametrize(
+    ("unit", "sampler"), [*LIGHT, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in HEAVY)]
+)
+def test_run_that_stops_at_random_draws_and_resumes_with_other_workers_never_differs(unit, sampler, tmp_path):
+    """I6, I10, feed trap T39: a ring that turns over, so what was drawn before the stop may be overwritten after it."""
+    whole = Run(UNITS[unit], sampler)
+    whole.go_on(whole.loader(0), 24)
+
+    generator = np.random.default_rng([len(unit), len(sampler)])
+    run, state = Run(UNITS[unit], sampler), None
+    while run.at < 24:
+        workers, way = int(generator.integers(0, 5)), generator.choice(["state", "save", "close"])
+        with run.loader(workers) as loader:
+            if state is not None:
+                loader.load_state_dict(state)
+            run.go_on(loader, min(24 - run.at, int(generator.integers(1, 9))))
+            state = pickle.loads(pickle.dumps(loader.state_dict())) if way != "save" else None
+            if way == "save":
+                run.buffer.save(tmp_path / str(run.at))
+        if way == "save":
+            run.buffer = ReplayBuffer.load(tmp_path / str(run.at))
+        assert run.seen == whole.seen[: run.at], (workers, way)
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "recent"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_state_can_be_had_while_what_was_drawn_is_overwritten(unit, sampler):
+    """A lane of 35 rows that turns over while five batches are under way: their ids are saved then."""
+    run = Run(UNITS[unit], sampler, capacity=70, grow=3)
+    loader = run.loader(0)
+    for _ in range(6):
+        run.go_on(loader, 1)
+        assert set(loader.state_dict()) == {"key", "batch_size", "batch", "entries"}
