@@ -132,12 +132,8 @@ def run(case):
         if outlived_s is None:
             end_all()
         output.seek(0)
-        return {
-            "code": os.waitstatus_to_exitcode(status),
-            "said": output.read().decode(),
-            "ended_s": ended_s,
-            "outlived_s": outlived_s,
-        }
+        code, said = os.waitstatus_to_exitcode(status), output.read().decode()
+        return {"code": code, "said": said, "ended_s": ended_s, "outlived_s": outlived_s}
 
 
 def main():
