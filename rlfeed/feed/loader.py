@@ -458,7 +458,7 @@ def make_loader(
     shared = num_workers != 0
     parts = [(buffer, 1.0)] if isinstance(buffer, ReplayBuffer) else list(buffer)
     mix = Mix(parts, unit, with_workers=shared and num_workers != "auto")
-    table = DrawTable(mix.draw, stream_key(seed, "loader", rank=rank), batch_size, lookahead, shared=shared, past=mix)
+    table = DrawTable(mix.fill, stream_key(seed, "loader", rank=rank), batch_size, lookahead, shared=shared, past=mix)
     workers = num_workers if num_workers == "auto" else int(num_workers)
     source = Source(mix, table, transform)
     return ReplayLoader(source, workers, timeout_s, limiter, on_worker_death)

@@ -77,25 +77,18 @@ class Mix:
         found = [sampler for buffer in self.buffers if (sampler := prioritized_in(buffer.sampler))]
         return found[0].eta if found else 0.9
 
-    def draw(self, key: int, number: int, count: int, *, tick: bool = True) -> Draws:
-        """Make draws on what the buffers hold now; see `UnitSampler.draw`.
+    def fill(self, draws: Draws) -> None:
+        """Make draws in place, on what the buffers hold now; see `UnitSampler.fill`.
 
         Args:
-            key: The stream of draws.
-            number: The first draw.
-            count: B.
-            tick: Whether this process may fold new rows into the trees of priorities.
-
-        Returns:
-            The draws.
+            draws: Their key and numbers; receives the rest.
         """
         if len(self._samplers) == 1:
-            return self._samplers[0].draw(key, number, count, tick=tick)
-        draws = Draws.blank(key, number, count)
-        for part, mine, before in self._shares(number, count):
-            made = self._samplers[part].draw(subkey(key, part), before, len(mine), tick=tick)
+            self._samplers[0].fill(draws)
+            return
+        for part, mine, before in self._shares(draws.number, len(draws)):
+            made = self._samplers[part].draw(subkey(draws.key, part), before, len(mine))
             draws.ids[mine], draws.limits[mine], draws.weights[mine] = made.ids, made.limits, made.weights
-        return draws
 
     def snapshot(self) -> np.ndarray | None:
         """Copy what draws depend on besides the rows; see `UnitSampler.snapshot`.
@@ -103,6 +96,8 @@ class Mix:
         Returns:
             int64, one buffer after the other; None where they depend on priorities too.
         """
+        if len(self._samplers) == 1:
+            return self._samplers[0].snapshot()
         parts = [sampler.snapshot() for sampler in self._samplers]
         known = [part for part in parts if part is not None]
         return np.concatenate(known) if len(known) == len(parts) else None

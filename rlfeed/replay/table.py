@@ -13,7 +13,7 @@ from rlfeed.errors import CheckpointError, NotEnoughDataError
 from rlfeed.replay.draws import Draws
 from rlfeed.replay.memory import Memory
 
-Draw = Callable[[int, int, int], Draws]
+Fill = Callable[[Draws], None]
 KEPT = 32  # entries beside those drawn ahead: the one being made, and those that a `DeviceFeed` has taken ahead
 
 
@@ -33,7 +33,7 @@ class DrawTable:
     """Keep the draws of the batches that are under way.
 
     Args:
-        draw: Makes draws by key, first number and count; see `UnitSampler.draw`.
+        fill: Makes draws in place; see `UnitSampler.fill`.
         key: The stream of draws.
         batch_size: B.
         lookahead: Batches drawn ahead of delivery, >= 0.
@@ -42,9 +42,9 @@ class DrawTable:
     """
 
     def __init__(
-        self, draw: Draw, key: int, batch_size: int, lookahead: int, *, shared: bool, past: Past | None = None
+        self, fill: Fill, key: int, batch_size: int, lookahead: int, *, shared: bool, past: Past | None = None
     ) -> None:
-        self._draw, self.key, self.batch_size, self.lookahead = draw, key, batch_size, lookahead
+        self._fill, self.key, self.batch_size, self.lookahead = fill, key, batch_size, lookahead
         self._past, self._snapshots = past, dict[int, np.ndarray]()
         self.drawn = 0  # batches: the number of the next one to draw
         self.begun = 0  # batches: the number of the next one to have made
@@ -59,7 +59,7 @@ class DrawTable:
         self._parts = [(ids, limits, weights.view(np.float64)) for ids, limits, weights in self._entries]
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = {"_entries", "_parts", "_draw", "_past", "_snapshots"}  # only the learner ticks
+        left_out = {"_entries", "_parts", "_fill", "_past", "_snapshots"}  # only the learner ticks
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -77,9 +77,7 @@ class DrawTable:
         """
         number = self.drawn
         snapshot = None if self._past is None else self._past.snapshot()
-        made = self._draw(self.key, number * self.batch_size, self.batch_size)
-        entry = self.entry(number)
-        entry.ids[:], entry.limits[:], entry.weights[:] = made.ids, made.limits, made.weights
+        self._fill(self.entry(number))
         self._snapshots.pop(number - self.lookahead - KEPT, None)
         if snapshot is not None:
             self._snapshots[number] = snapshot

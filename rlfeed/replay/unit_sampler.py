@@ -59,9 +59,21 @@ class UnitSampler:
             NotEnoughDataError: If no stored step can start a sample.
         """
         draws = Draws.blank(key, number, count)
+        self.fill(draws, tick=tick)
+        return draws
+
+    def fill(self, draws: Draws, *, tick: bool = True) -> None:
+        """Make draws in place, on what is stored now.
+
+        Args:
+            draws: Their key and numbers; receives the rest.
+            tick: Whether this process may fold new rows into the tree of priorities.
+
+        Raises:
+            NotEnoughDataError: If no stored step can start a sample.
+        """
         if not self.drawer.draw(draws, tick=tick):
             raise self.nothing()
-        return draws
 
     def snapshot(self) -> np.ndarray | None:
         """Copy what draws depend on besides the rows.
