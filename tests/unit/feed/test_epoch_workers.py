@@ -67,7 +67,7 @@ def rewards(batch):
         (Sequence(4, burn_in=2), {"shuffle": False}),
         (Episode(), {"bucket": 2, "drop_last": True}),
     ],
-    ids=str,
+    ids=["noise", "rewards", "in order", "bucket"],
 )
 def test_epoch_batches_do_not_depend_on_the_number_of_workers(forked, unit, options):
     """Feed traps T2 and T3: each sample once, one tail, for any number of workers."""
