@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rlfeed.errors import ConfigError
+
 _PRELOADED = ("__main__", "rlfeed.feed.workers", "rlfeed.feed.preloaded")
 
 
@@ -18,7 +20,15 @@ def choose_context(context: Any) -> Any:
 
     Returns:
         The context.
+
+    Raises:
+        ConfigError: If this process is one that is being started and imports the script of the one that starts it.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # a fork would not refuse, and all run twice
+        raise ConfigError(
+            "make_loader: the script is imported by a process that it starts, and would run once more there; expected "
+            "`if __name__ == '__main__':` around what it does. Put it there."
+        )
     if context is None:
         methods, method = multiprocessing.get_all_start_methods(), multiprocessing.get_start_method(allow_none=True)
         context = multiprocessing.get_context(method or ("forkserver" if "forkserver" in methods else "spawn"))
@@ -42,6 +52,20 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def undecided() -> Iterator[None]:
+    """Start processes in a block of code, and leave it open how others are started where nobody has chosen yet.
+
+    To start one by a fork server is to choose the platform's default, perhaps fork, for all that ask later.
+    """
+    chosen = multiprocessing.get_start_method(allow_none=True)
+    try:
+        yield
+    finally:
+        if chosen is None:
+            multiprocessing.set_start_method(None, force=True)
 
 
 def ignore_interrupts() -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from rlfeed.errors import ConfigError, FeedTimeoutError, RlfeedError, WorkerError
-from rlfeed.feed.contexts import ignore_interrupts, uninterrupted
+from rlfeed.feed.contexts import ignore_interrupts, undecided, uninterrupted
 from rlfeed.feed.gatherers import Source
 from rlfeed.feed.inbox import Inbox
 from rlfeed.feed.ring import NOT_HERE, Ring, Slots
@@ -247,7 +247,7 @@ class Workers:
         job = _Job(worker, first, self._source, ring, os.getpid(), lives, max(self._layouts[worker], default=-1) + 1)
         process = self._context.Process(target=_work, args=(job, theirs), name=f"rlfeed-worker-{worker}", daemon=True)
         try:
-            with uninterrupted():
+            with uninterrupted(), undecided():
                 process.start()
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             mine.close()

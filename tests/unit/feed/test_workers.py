@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import multiprocessing
 import os
 import pickle
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
+from support.start_method import start_method
 
 from rlfeed import errors
 from rlfeed.feed import gatherers, make_loader, ring
@@ -504,3 +506,19 @@ def test_error_of_a_gathering_thread_is_for_whoever_takes_the_batch():
     with pytest.raises(errors.StaleReadError, match="batch 0"):
         gatherer.take(0)
     gatherer.close()
+
+
+def test_starting_workers_chooses_no_start_method_for_others():
+    """Whoever asks later whether the user has chosen one would be told that it was to be fork."""
+    with start_method(None):
+        loader = loader_of(buffer_of(), workers=1, context="forkserver")
+        next(iter(loader))
+        assert multiprocessing.get_start_method(allow_none=True) is None
+        loader.close()
+
+
+def test_loader_of_a_script_without_a_guard_is_refused_in_its_workers(monkeypatch):
+    """A worker that is spawned imports the script: if that forked workers of its own, all would run twice."""
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(errors.ConfigError, match="expected `if __name__ == '__main__':`"):
+        next(iter(loader_of(buffer_of(), workers=1)))
