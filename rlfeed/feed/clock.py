@@ -100,8 +100,12 @@ class Clock:
         Raises:
             CheckpointError: If it is of other draws.
         """
-        in_flight = self.table.drawn - self.table.delivered + self.table.taken_ahead
-        self.table.load_state_dict(state)
+        table, size = self.table, self.table.batch_size
+        delivered, ahead = table.delivered, table.taken_ahead
+        in_flight = table.drawn - delivered + ahead
+        table.load_state_dict(state)
+        self.delivered -= ahead  # a `DeviceFeed` has them, and nobody else ever will
+        self.mix.take((delivered - ahead) * size, ahead * size, sign=-1)
         self.discarded += in_flight
         self.drawn += self.table.drawn - self.table.delivered
         self._late = [

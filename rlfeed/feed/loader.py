@@ -150,8 +150,11 @@ class ReplayLoader(DataLoader[Any]):
             register: Locks the ring's memory (address, bytes) for transfers; gives what unlocks it, or None.
 
         Raises:
+            ConfigError: If their draws would not be kept until they are with the consumer, and no state could be given.
             CapacityError: If the ring does not fit then.
         """
+        if depth > KEPT - 2:
+            raise ConfigError(f"DeviceFeed: depth is {depth}; expected at most {KEPT - 2} over a ReplayLoader.")
         if (depth, register) != (self._depth, self._register):
             self._end()
             self._depth, self._register = depth, register

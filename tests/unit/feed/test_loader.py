@@ -456,3 +456,27 @@ def test_late_priorities_are_fetched_no_sooner_than_they_are_due():
     for number in range(6):
         loader.update_late(next(batches), lambda n=number: (fetched.append(n), values_for(n, 6))[1])
         assert fetched == list(range(number - 1))
+
+
+def test_batches_that_a_feed_held_when_a_state_was_loaded_were_never_delivered():
+    """I7: drawn is delivered and in flight and discarded, and the limiter counts what is delivered."""
+    buffer = buffer_of()
+    fill(buffer, 0, 60)
+    loader = make_loader(buffer, Transition(), batch_size=3)
+    for _ in zip(range(10), loader, strict=False):
+        pass
+    loader.batches_ahead = 2
+    before = loader.stats()
+    loader.load_state_dict(loader.state_dict())
+    stats = loader.stats()
+    assert before.delivered == stats.delivered == 8 * 3
+    assert stats.drawn == stats.delivered + stats.in_flight + stats.discarded
+    assert buffer.stats().delivered == 8 * 3
+    loader.close()
+
+
+def test_feed_deeper_than_draws_are_kept_is_refused():
+    buffer = buffer_of()
+    fill(buffer, 0, 60)
+    with pytest.raises(errors.ConfigError, match="depth is 31; expected at most 30"):
+        make_loader(buffer, Transition(), batch_size=3).attach(depth=31)
