@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -113,7 +114,7 @@ class ReplayLoader(DataLoader[Any]):
         self._gatherer: Gatherer | None = None
         self._turn, self._limits = 0, False
         self._counts = np.zeros(3, np.int64)  # copies, parcels and restarts of gatherers that were closed
-        self._owner = os.getpid()
+        self._owner, self._holds, self._starting = os.getpid(), False, threading.RLock()
         self.choice = "as asked for"
         self._auto, workers = num_workers == "auto", 0 if num_workers == "auto" else int(num_workers)
         super().__init__(_Live(self), batch_size=None, num_workers=workers)
@@ -123,6 +124,7 @@ class ReplayLoader(DataLoader[Any]):
             self.set_limiter(limiter)
         name = f"draws of {self._mix.unit}, {self._table.batch_size} a batch, key {self._table.key}"
         self._mix.buffers[0].keep(name, self._clock)
+        self._hold()
 
     def check_worker_number_rationality(self) -> None:
         """Leave torch's warning out: workers here wait asleep, and more of them than processors are sometimes meant."""
@@ -156,7 +158,8 @@ class ReplayLoader(DataLoader[Any]):
         if depth > KEPT - 2:
             raise ConfigError(f"DeviceFeed: depth is {depth}; expected at most {KEPT - 2} over a ReplayLoader.")
         if (depth, register) != (self._depth, self._register):
-            self._end()
+            if isinstance(self._gatherer, Workers):  # nothing else has a ring
+                self._end()
             self._depth, self._register = depth, register
             if self.num_workers:
                 self._check_size()
@@ -178,7 +181,8 @@ class ReplayLoader(DataLoader[Any]):
         if not self.num_workers:
             return AtOnce(source)
         self._protect()
-        slots, owed = slots_for(self.num_workers, lookahead, self._depth)
+        more = self._table.drawn - first - lookahead - 1  # a state may hold more than one learner draws ahead
+        slots, owed = slots_for(self.num_workers, lookahead, max(self._depth, more))
         ring = Ring(self.num_workers, slots, slot_bytes_for(source, first), lookahead + KEPT)
         if self._register is not None:
             self._unregister = self._register(ring.address, ring.nbytes)
@@ -209,8 +213,16 @@ class ReplayLoader(DataLoader[Any]):
             WorkerError: If a worker raised or died.
             FeedTimeoutError: If a worker does not answer in time.
         """
-        if self._gatherer is not None and os.getpid() == self._owner:
-            self._gatherer.settle()
+        if os.getpid() == self._owner and (self._gatherer is not None or self._holds):
+            self._begin().settle()
+
+    def _hold(self) -> None:
+        """See to it that what a state has drawn is gathered before writers of this process overwrite it."""
+        self._holds = self._table.drawn > self._table.delivered
+        if self._holds and (self.num_workers or self._auto):
+            self._protect()
+        elif self._holds:
+            self._begin()
 
     # ----------------------------------------------------------------------------------------------------- iterating
 
@@ -265,14 +277,14 @@ class ReplayLoader(DataLoader[Any]):
         return batch
 
     def _begin(self) -> Gatherer:
-        """Have everything made that has been drawn, as far as there are slots: a state may hold more."""
-        gatherer, table = self._gatherer, self._table
-        if gatherer is None:
-            gatherer = self._gatherer = self._start()
-        ends = min(table.drawn, table.delivered + table.lookahead + 1)
-        while table.begun < ends:
-            gatherer.begin(table.begun)
-            table.begun += 1
+        """Have everything made that has been drawn."""
+        with self._starting:  # a thread that writes may be the first to need it
+            gatherer, table = self._gatherer, self._table
+            if gatherer is None:
+                gatherer = self._gatherer = self._start()
+            while table.begun < table.drawn:
+                gatherer.begin(table.begun)
+                table.begun += 1
         return gatherer
 
     def _check_turn(self, turn: int) -> None:
@@ -383,12 +395,12 @@ class ReplayLoader(DataLoader[Any]):
         self._end()
         self._turn += 1
         self._clock.load_state_dict(state)
-        if not self.num_workers and not self._auto and self._table.drawn > self._table.delivered:
-            self._begin()
+        self._hold()
 
     def close(self) -> None:
         """Let the workers go, and the writers that a limiter of this loader holds back."""
         self._turn += 1
+        self._holds = False
         self._end()
         if self._limits:
             self.set_limiter(None)
