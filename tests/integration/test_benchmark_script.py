@@ -248,7 +248,7 @@ def test_benchmark_feed_measures_what_was_asked_for_and_writes_the_rounds(tmp_pa
 def test_benchmark_feed_measures_everything(tmp_path):
     path = tmp_path / "rounds.json"
 
-    benchmark_script.main(["feed", "--rows=4000", "--rounds=1", f"--json={path}"])
+    benchmark_script.main(["feed", "--rows=20000", "--rounds=1", f"--json={path}"])
 
     *measured, life = json.loads(path.read_text())["tables"]
     assert len(measured) == 7
