@@ -369,6 +369,8 @@ class Workers:
             try:
                 messages = inbox.read()
             except (EOFError, OSError):
+                if self.ring.is_stopped:
+                    raise ConfigError("ReplayLoader: was closed while this thread waited for a batch.") from None
                 self._bury(worker)
                 continue
             for message in messages or ():

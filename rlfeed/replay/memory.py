@@ -50,10 +50,16 @@ class Memory:
         return self.kind in ("private", "cuda")
 
     def _map(self) -> None:
-        if self.is_private:
-            self.mapping = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        else:
-            self.mapping = mmap.mmap(self._fd, self.nbytes)
+        try:
+            if self.is_private:
+                self.mapping = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            else:
+                self.mapping = mmap.mmap(self._fd, self.nbytes)
+        except OSError as error:
+            raise CapacityError(
+                f"memory: {readable_bytes(self.nbytes)} could not be mapped ({error.strerror}); expected room in "
+                "this process. Lower capacity, batch_size or lookahead, or raise its limit (ulimit -v)."
+            ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):  # rows are read at random: fewer pages to look up, where the system has them
             with suppress(OSError):
                 self.mapping.madvise(mmap.MADV_HUGEPAGE)
