@@ -3,8 +3,11 @@
 import collections
 import gc
 import itertools
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -190,3 +193,30 @@ def test_stopped_worker_is_named_in_time_and_goes_on_where_it_was(transform):
     os.kill(pids(loader)[0], signal.SIGCONT)
     assert next(batches)
     loader.close()
+
+
+# -------------------------------------------------------------------------------------------------- learners are killed
+
+DRIVER = Path(__file__).with_name("feed_supervision_driver.py")
+BUSY = [
+    {"end": "SIGKILL", "transform": "gil", "busy": "transforming"},
+    {"end": "SIGTERM", "transform": "sleeps", "busy": "transforming"},
+    {"end": "SIGKILL", "busy": "computing"},
+]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize(
+    "method", ["fork", *(pytest.param(method, marks=pytest.mark.slow) for method in ("spawn", "forkserver"))]
+)
+def test_nothing_outlives_a_learner_that_is_killed(method):
+    """Feed trap T18: also a worker that keeps the GIL in compiled code."""
+    after_s = 1.0 if method == "fork" else 20.0  # imports come first there
+    cases = [case | {"method": method, "workers": 2, "after_s": after_s} for case in BUSY]
+    done = subprocess.run(
+        [sys.executable, DRIVER], input=json.dumps(cases), capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for end in json.loads(done.stdout):
+        assert (end["code"], end["said"]) == (-getattr(signal, end["end"]), ""), end
+        assert end["outlived_s"] is not None, end
