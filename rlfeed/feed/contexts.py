@@ -4,6 +4,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from typing import Any
 
 from rlfeed.errors import ConfigError
@@ -34,7 +35,8 @@ def choose_context(context: Any) -> Any:
         context = multiprocessing.get_context(method or ("forkserver" if "forkserver" in methods else "spawn"))
     if context.get_start_method() == "forkserver":
         # Imported once, in the process that forks them: a worker is there after 0.05 s instead of 3 s.
-        context.set_forkserver_preload(list(_PRELOADED))
+        known = getattr(forkserver._forkserver, "_preload_modules", ["__main__"])  # what the user wants there
+        context.set_forkserver_preload(list(dict.fromkeys([*known, *_PRELOADED])))
     return context
 
 

@@ -124,8 +124,13 @@ class AtOnce:
 
     def take(self, batch: int) -> Any:
         """Transform a batch; see `Gatherer.take`."""
-        made = self._source.finish(self._gathered[batch], batch)
-        del self._gathered[batch]  # only now: after an error it may be asked for again
+        gathered = self._gathered[batch]
+        try:
+            made = self._source.finish(gathered, batch)
+        except BaseException:  # it may be asked for again, and may have been changed in place
+            self._gathered[batch] = self._source.gather(batch)
+            raise
+        del self._gathered[batch]
         return made
 
     def settle(self) -> None:

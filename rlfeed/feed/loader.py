@@ -1,5 +1,6 @@
 """`make_loader`: a `DataLoader` over a live buffer whose draws are made in the learner, counted, and can be resumed."""
 
+import math
 import multiprocessing
 import os
 import threading
@@ -112,16 +113,16 @@ class ReplayLoader(DataLoader[Any]):
         self._on_worker_death: OnDeath = on_worker_death
         self._depth, self._register, self._unregister = 0, None, None
         self._gatherer: Gatherer | None = None
-        self._turn, self._limits = 0, False
+        self._turn, self._limiter, self._limits = 0, limiter, False
         self._counts = np.zeros(3, np.int64)  # copies, parcels and restarts of gatherers that were closed
-        self._owner, self._holds, self._starting = os.getpid(), False, threading.RLock()
+        self._owner, self._holds = os.getpid(), False
+        self._starting, self._delivering = threading.RLock(), threading.Lock()
         self.choice = "as asked for"
         self._auto, workers = num_workers == "auto", 0 if num_workers == "auto" else int(num_workers)
         super().__init__(_Live(self), batch_size=None, num_workers=workers)
         if workers:
             self._check_size()
-        if limiter is not None:
-            self.set_limiter(limiter)
+        self._limit()
         name = f"draws of {self._mix.unit}, {self._table.batch_size} a batch, key {self._table.key}"
         self._mix.buffers[0].keep(name, self._clock)
         self._hold()
@@ -184,10 +185,15 @@ class ReplayLoader(DataLoader[Any]):
         more = self._table.drawn - first - lookahead - 1  # a state may hold more than one learner draws ahead
         slots, owed = slots_for(self.num_workers, lookahead, max(self._depth, more))
         ring = Ring(self.num_workers, slots, slot_bytes_for(source, first), lookahead + KEPT)
-        if self._register is not None:
-            self._unregister = self._register(ring.address, ring.nbytes)
         context = choose_context(self.multiprocessing_context)
-        return Workers(source, ring, Slots(ring, owed), first, context, self._timeout_s, self._on_worker_death)
+        workers = Workers(source, ring, Slots(ring, owed), first, context, self._timeout_s, self._on_worker_death)
+        if self._register is not None:
+            try:
+                self._unregister = self._register(ring.address, ring.nbytes)
+            except BaseException:
+                workers.close()
+                raise
+        return workers
 
     def _protect(self) -> None:
         """Have this process's writers wait for what is gathered elsewhere."""
@@ -210,7 +216,6 @@ class ReplayLoader(DataLoader[Any]):
         """Wait until what was drawn has been gathered: a writer of this process is about to overwrite it.
 
         Raises:
-            WorkerError: If a worker raised or died.
             FeedTimeoutError: If a worker does not answer in time.
         """
         if os.getpid() == self._owner and (self._gatherer is not None or self._holds):
@@ -246,6 +251,7 @@ class ReplayLoader(DataLoader[Any]):
         """
         if self._clock.take_back():
             self._end()
+        self._limit()
         self._turn += 1
         return _Batches(self, self._turn)
 
@@ -265,7 +271,17 @@ class ReplayLoader(DataLoader[Any]):
             FeedTimeoutError: If writers or workers do not come in time.
             WorkerError: If a worker raised or died.
         """
-        self._check_turn(turn)
+        with self._delivering:  # threads have a batch each
+            self._check_turn(turn)
+            try:
+                return self._deliver()
+            except Exception:
+                raise
+            except BaseException:  # Ctrl-C, anywhere: what is under way is made anew
+                self._end()
+                raise
+
+    def _deliver(self) -> Any:
         table = self._table
         while table.drawn <= table.delivered + table.lookahead:
             self._clock.tick(self._timeout_s)
@@ -307,8 +323,14 @@ class ReplayLoader(DataLoader[Any]):
         Args:
             limiter: The bound; None lets everybody pass.
         """
+        self._limiter = limiter
         self._mix.limit(limiter, self._timeout_s)
         self._limits = limiter is not None
+
+    def _limit(self) -> None:
+        """Set the limiter where `close`, or nobody yet, has."""
+        if self._limiter is not None and not self._limits:
+            self.set_limiter(self._limiter)
 
     def update_priorities(self, batch: Batch, values: Tensor | np.ndarray) -> int:
         """Give the samples of a batch new priorities, from the next draws on.
@@ -398,12 +420,13 @@ class ReplayLoader(DataLoader[Any]):
         self._hold()
 
     def close(self) -> None:
-        """Let the workers go, and the writers that a limiter of this loader holds back."""
+        """Let the workers go, and the writers that a limiter of this loader holds back, until the next iterator."""
         self._turn += 1
         self._holds = False
         self._end()
         if self._limits:
-            self.set_limiter(None)
+            self._mix.limit(None, self._timeout_s)
+            self._limits = False
 
     def __enter__(self) -> "ReplayLoader":
         return self
@@ -456,14 +479,21 @@ def make_loader(
         CapacityError: If the batches under way do not fit in memory, with the numbers.
     """
     least = {"batch_size": (batch_size, 1), "lookahead": (lookahead, 0), "seed": (seed, 0), "rank": (rank, 0)}
-    wrong = [f"{name} is {value}; expected at least {low}" for name, (value, low) in least.items() if value < low]
-    counted = isinstance(num_workers, int | np.integer) and not isinstance(num_workers, bool)
-    if not counted and num_workers != "auto":
+    wrong = [
+        f"{name} is {value!r}; expected an int of at least {low}"
+        for name, (value, low) in least.items()
+        if not _is_int(value) or value < low
+    ]
+    if not _is_int(num_workers) and num_workers != "auto":
         wrong.append(f"num_workers is {num_workers!r}; expected 0 .. lookahead, or 'auto'")
-    elif counted and not 0 <= int(num_workers) <= lookahead:
+    elif _is_int(num_workers) and _is_int(lookahead) and not 0 <= int(num_workers) <= lookahead:
         wrong.append(f"num_workers is {num_workers}; expected 0 .. lookahead, which is {lookahead}")
-    if timeout_s <= 0:
-        wrong.append(f"timeout_s is {timeout_s}; expected more than 0")
+    if not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
+        wrong.append(f"timeout_s is {timeout_s!r}; expected seconds above 0")
+    if limiter is not None and not isinstance(limiter, Limiter):
+        wrong.append(f"limiter is {limiter!r}; expected a Limiter, or None")
+    if not isinstance(buffer, ReplayBuffer) and not _is_mixture(buffer):
+        wrong.append(f"buffer is {buffer!r}; expected a ReplayBuffer, or a list of (buffer, fraction)")
     if on_worker_death not in get_args(OnDeath):
         wrong.append(f"on_worker_death is {on_worker_death!r}; expected one of {get_args(OnDeath)}")
     if transform is not None and not callable(transform):
@@ -477,3 +507,11 @@ def make_loader(
     workers = num_workers if num_workers == "auto" else int(num_workers)
     source = Source(mix, table, transform)
     return ReplayLoader(source, workers, timeout_s, limiter, on_worker_death)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_mixture(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(part, tuple | list) and len(part) == 2 for part in value)

@@ -54,7 +54,14 @@ class Ring:
     def __init__(self, workers: int, slots: int, slot_bytes: int, entries: int) -> None:
         self.workers, self.slots, self.entries = workers, slots, entries
         self.slot_bytes = -(-max(slot_bytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._memory = Memory("shared", check_ring(workers * slots, self.slot_bytes) + self._offset)
+        nbytes = check_ring(workers * slots, self.slot_bytes) + self._offset
+        try:
+            self._memory = Memory("shared", nbytes)
+        except CapacityError as error:
+            raise CapacityError(
+                f"make_loader: {readable_bytes(nbytes)} for batches under way could not be reserved; expected room for "
+                "all of it. Lower batch_size, lookahead or num_workers."
+            ) from error
         self._bind()
 
     @property

@@ -321,10 +321,21 @@ class Workers:
         return made
 
     def settle(self) -> None:
-        """Wait until every batch that was begun has been made: its rows may be overwritten then."""
+        """Wait until every batch that was begun has been made: its rows may be overwritten then.
+
+        Errors are for whoever takes the batch: it is gathered anew after them.
+
+        Raises:
+            FeedTimeoutError: If one is not made in time.
+        """
         with self._lock:
             for batch in range(self._taken, self._drawn):
-                self._wait(batch)
+                try:
+                    self._wait(batch)
+                except FeedTimeoutError:
+                    raise
+                except Exception as error:
+                    self._failures[self.ring.worker_of(batch)] = error
 
     def _layout(self, worker: int, number: int) -> Layout:
         while number not in self._layouts[worker]:  # it was sent before the batch
@@ -405,6 +416,8 @@ class Workers:
         process = self._processes[worker]
         self._part(worker)
         process.join(1.0)
+        if process.is_alive():  # it has closed its pipe: nobody will hear from it again
+            process.kill()
         batch = self._first_owed(worker)
         before, deaths = self._deaths[worker]
         deaths = deaths + 1 if before == batch else 1
@@ -467,6 +480,7 @@ def _advice(code: int | None, act: str) -> str:
     if act == "starting":
         return (
             "It had not begun to work: a script that starts processes needs `if __name__ == '__main__':` around what "
-            "it does; its own output says more."
+            "it does, and a script that is read from standard input has no file that they could import. Its own output "
+            "says more."
         )
     return "on_worker_death='restart' goes on with the same draws."
