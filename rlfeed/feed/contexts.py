@@ -40,6 +40,26 @@ def choose_context(context: Any) -> Any:
     return context
 
 
+def context_of(context: Any) -> Any:
+    """Take how worker processes are to be started, in any of the forms that torch's `DataLoader` takes.
+
+    Args:
+        context: A start method, a context of `multiprocessing`, or None.
+
+    Returns:
+        The context, or None.
+
+    Raises:
+        ConfigError: If there is no such start method here.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    if context is None or hasattr(context, "get_start_method"):
+        return context
+    if context not in methods:
+        raise ConfigError(f"multiprocessing_context: is {context!r}; expected one of {methods}, or None.")
+    return multiprocessing.get_context(context)
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Keep Ctrl-C from processes that are started in a block of code; this process sees it right after the block.

@@ -1,10 +1,8 @@
 """`make_loader`: a `DataLoader` over a live buffer whose draws are made in the learner, counted, and can be resumed."""
 
 import math
-import multiprocessing
 import os
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,23 +13,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from rlfeed.errors import ConfigError, FieldError
-from rlfeed.feed.calibration import choose_workers, slot_bytes_for
 from rlfeed.feed.clock import Clock, Update
-from rlfeed.feed.contexts import choose_context
-from rlfeed.feed.gatherers import AtOnce, Gatherer, InThread, Source, Transform
+from rlfeed.feed.contexts import context_of
+from rlfeed.feed.gatherers import Source, Transform
+from rlfeed.feed.making import Making, Register
 from rlfeed.feed.mix import Mix
-from rlfeed.feed.ring import Ring, Slots, check_ring, slots_for
-from rlfeed.feed.workers import OnDeath, Workers
+from rlfeed.feed.workers import OnDeath
 from rlfeed.replay.buffer import ReplayBuffer
 from rlfeed.replay.limiter import Limiter
 from rlfeed.replay.memory import readable_bytes
 from rlfeed.replay.samplers import sequence_priorities, stream_key
-from rlfeed.replay.table import KEPT, DrawTable
+from rlfeed.replay.table import DrawTable
 from rlfeed.replay.units import Unit
 from rlfeed.types import Batch
 
 Buffers = ReplayBuffer | Sequence[tuple[ReplayBuffer, float]]
-Register = Callable[[int, int], Callable[[], None] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,24 +104,16 @@ class ReplayLoader(DataLoader[Any]):
         limiter: Limiter | None,
         on_worker_death: OnDeath,
     ) -> None:
-        self._source, self._mix, self._table = source, source.mix, source.table
+        self._mix, self._table = source.mix, source.table
         self._clock, self._timeout_s = Clock(self._mix, self._table), timeout_s
-        self._on_worker_death: OnDeath = on_worker_death
-        self._depth, self._register, self._unregister = 0, None, None
-        self._gatherer: Gatherer | None = None
+        self._making = Making(source, num_workers, timeout_s, on_worker_death)
         self._turn, self._limiter, self._limits = 0, limiter, False
-        self._counts = np.zeros(3, np.int64)  # copies, parcels and restarts of gatherers that were closed
-        self._owner, self._holds = os.getpid(), False
-        self._starting, self._delivering = threading.RLock(), threading.Lock()
-        self.choice = "as asked for"
-        self._auto, workers = num_workers == "auto", 0 if num_workers == "auto" else int(num_workers)
-        super().__init__(_Live(self), batch_size=None, num_workers=workers)
-        if workers:
-            self._check_size()
+        self._owner, self._delivering = os.getpid(), threading.Lock()
+        super().__init__(_Live(self), batch_size=None, num_workers=self._making.num_workers)
         self._limit()
         name = f"draws of {self._mix.unit}, {self._table.batch_size} a batch, key {self._table.key}"
         self._mix.buffers[0].keep(name, self._clock)
-        self._hold()
+        self._making.hold()
 
     def check_worker_number_rationality(self) -> None:
         """Leave torch's warning out: workers here wait asleep, and more of them than processors are sometimes meant."""
@@ -136,14 +124,43 @@ class ReplayLoader(DataLoader[Any]):
     def __repr__(self) -> str:
         stats = self.stats()
         ring = f", {stats.slots} slots of {readable_bytes(stats.ring_bytes / stats.slots)}" if stats.slots else ""
-        workers = f"{self.num_workers} workers ({self.choice}){ring}"
+        workers = f"{self._making.num_workers} workers ({self.choice}){ring}"
         return f"ReplayLoader({self._mix.unit}, {self._table.batch_size} a batch, {workers})"
 
-    # ---------------------------------------------------------------------------------------------- making batches
+    @property
+    def choice(self) -> str:
+        """Tell why batches are made where they are.
 
-    def _check_size(self) -> None:
-        slots, _ = slots_for(self.num_workers, self._table.lookahead, self._depth)
-        check_ring(self.num_workers * slots, self._mix.most_bytes(self._table.batch_size))
+        Returns:
+            Words: what ``num_workers="auto"`` measured and chose, once it has.
+        """
+        return self._making.choice
+
+    @property
+    def num_workers(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] - torch's is an attribute
+        """Count the worker processes.
+
+        Returns:
+            How many; 0 until ``"auto"`` has chosen.
+        """
+        return self._making.num_workers
+
+    @num_workers.setter
+    def num_workers(self, workers: int) -> None:
+        pass  # by torch's constructor, which was told what we have
+
+    @property
+    def multiprocessing_context(self) -> Any:
+        """Give how workers are started.
+
+        Returns:
+            A context of `multiprocessing`; None where nobody has chosen one.
+        """
+        return self._making.context
+
+    @multiprocessing_context.setter
+    def multiprocessing_context(self, multiprocessing_context: Any) -> None:
+        self._making.context = context_of(multiprocessing_context)
 
     def attach(self, *, depth: int, register: Register | None = None) -> None:
         """Tell how a `DeviceFeed` will take batches; the ring is made of the right size for it.
@@ -156,78 +173,7 @@ class ReplayLoader(DataLoader[Any]):
             ConfigError: If their draws would not be kept until they are with the consumer, and no state could be given.
             CapacityError: If the ring does not fit then.
         """
-        if depth > KEPT - 2:
-            raise ConfigError(f"DeviceFeed: depth is {depth}; expected at most {KEPT - 2} over a ReplayLoader.")
-        if (depth, register) != (self._depth, self._register):
-            if isinstance(self._gatherer, Workers):  # nothing else has a ring
-                self._end()
-            self._depth, self._register = depth, register
-            if self.num_workers:
-                self._check_size()
-
-    def _start(self) -> Gatherer:
-        """Start what makes batches; the draws of the next one are known."""
-        source, lookahead = self._source, self._table.lookahead
-        first = self._table.begun = self._table.delivered
-        if self._auto:
-            self._auto, (self.num_workers, self.choice) = False, choose_workers(source, first)
-        threads = self.choice if not self.num_workers and self.choice.startswith("auto") else ""
-        if self.num_workers and multiprocessing.current_process().daemon:
-            threads = "this process is a daemon, which may not start processes: a thread gathers instead"
-            warnings.warn(f"make_loader: {threads}.", RuntimeWarning, stacklevel=4)
-            self.num_workers, self.choice = 0, threads
-        if threads:
-            self._protect()
-            return InThread(source, self._timeout_s)
-        if not self.num_workers:
-            return AtOnce(source)
-        self._protect()
-        more = self._table.drawn - first - lookahead - 1  # a state may hold more than one learner draws ahead
-        slots, owed = slots_for(self.num_workers, lookahead, max(self._depth, more))
-        ring = Ring(self.num_workers, slots, slot_bytes_for(source, first), lookahead + KEPT)
-        context = choose_context(self.multiprocessing_context)
-        workers = Workers(source, ring, Slots(ring, owed), first, context, self._timeout_s, self._on_worker_death)
-        if self._register is not None:
-            try:
-                self._unregister = self._register(ring.address, ring.nbytes)
-            except BaseException:
-                workers.close()
-                raise
-        return workers
-
-    def _protect(self) -> None:
-        """Have this process's writers wait for what is gathered elsewhere."""
-        for buffer in self._mix.buffers:
-            buffer.unread.protect(self.settle)
-
-    def _end(self) -> None:
-        if self._gatherer is not None:
-            self._counts += self._counted()
-            self._gatherer.close()
-        if self._unregister is not None:
-            self._unregister()
-        self._gatherer = self._unregister = None
-
-    def _counted(self) -> tuple[int, int, int]:
-        made = self._gatherer
-        return (made.slots.copies, made.slots.parcels, made.restarts) if isinstance(made, Workers) else (0, 0, 0)
-
-    def settle(self) -> None:
-        """Wait until what was drawn has been gathered: a writer of this process is about to overwrite it.
-
-        Raises:
-            FeedTimeoutError: If a worker does not answer in time.
-        """
-        if os.getpid() == self._owner and (self._gatherer is not None or self._holds):
-            self._begin().settle()
-
-    def _hold(self) -> None:
-        """See to it that what a state has drawn is gathered before writers of this process overwrite it."""
-        self._holds = self._table.drawn > self._table.delivered
-        if self._holds and (self.num_workers or self._auto):
-            self._protect()
-        elif self._holds:
-            self._begin()
+        self._making.attach(depth, register)
 
     # ----------------------------------------------------------------------------------------------------- iterating
 
@@ -250,7 +196,7 @@ class ReplayLoader(DataLoader[Any]):
         What a `DeviceFeed` took from it and has not handed over comes again.
         """
         if self._clock.take_back():
-            self._end()
+            self._making.end()
         self._limit()
         self._turn += 1
         return _Batches(self, self._turn)
@@ -278,30 +224,19 @@ class ReplayLoader(DataLoader[Any]):
             except Exception:
                 raise
             except BaseException:  # Ctrl-C, anywhere: what is under way is made anew
-                self._end()
+                self._making.end()
                 raise
 
     def _deliver(self) -> Any:
-        table = self._table
+        table, making = self._table, self._making
         while table.drawn <= table.delivered + table.lookahead:
             self._clock.tick(self._timeout_s)
-            self._begin()
-        gatherer = self._begin()
+            making.begin()
+        gatherer = making.begin()
         self._mix.wait_to_take(table.batch_size, self._timeout_s)
         batch = gatherer.take(table.delivered)
         self._clock.count_delivered()
         return batch
-
-    def _begin(self) -> Gatherer:
-        """Have everything made that has been drawn."""
-        with self._starting:  # a thread that writes may be the first to need it
-            gatherer, table = self._gatherer, self._table
-            if gatherer is None:
-                gatherer = self._gatherer = self._start()
-            while table.begun < table.drawn:
-                gatherer.begin(table.begun)
-                table.begun += 1
-        return gatherer
 
     def _check_turn(self, turn: int) -> None:
         if os.getpid() != self._owner:
@@ -380,19 +315,13 @@ class ReplayLoader(DataLoader[Any]):
         Returns:
             The counters so far.
         """
-        table, size, made = self._table, self._table.batch_size, self._gatherer
-        ring = made.ring if isinstance(made, Workers) else None
-        copies, parcels, restarts = (int(count) for count in self._counts + self._counted())
+        table, size = self._table, self._table.batch_size
         return LoaderStats(
-            drawn=self._clock.drawn * size,
-            delivered=(self._clock.delivered - table.taken_ahead) * size,
-            in_flight=(table.drawn - table.delivered + table.taken_ahead) * size,
-            discarded=self._clock.discarded * size,
-            copies=copies,
-            parcels=parcels,
-            restarts=restarts,
-            slots=ring.workers * ring.slots if ring else 0,
-            ring_bytes=ring.nbytes if ring else 0,
+            self._clock.drawn * size,
+            (self._clock.delivered - table.taken_ahead) * size,
+            (table.drawn - table.delivered + table.taken_ahead) * size,
+            self._clock.discarded * size,
+            *self._making.counts(),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -414,16 +343,15 @@ class ReplayLoader(DataLoader[Any]):
         Raises:
             CheckpointError: If it is of other draws.
         """
-        self._end()
+        self._making.end()
         self._turn += 1
         self._clock.load_state_dict(state)
-        self._hold()
+        self._making.hold()
 
     def close(self) -> None:
         """Let the workers go, and the writers that a limiter of this loader holds back, until the next iterator."""
         self._turn += 1
-        self._holds = False
-        self._end()
+        self._making.close()
         if self._limits:
             self._mix.limit(None, self._timeout_s)
             self._limits = False

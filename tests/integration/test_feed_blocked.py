@@ -236,7 +236,7 @@ def test_worker_that_dies_while_a_writer_waits_for_it_is_replaced():
         for i, batch in enumerate(itertools.islice(loader, 25)):
             seen.append(numbers(batch))
             if kill and i % 5 == 2:
-                os.kill(loader._gatherer._processes[i % workers].pid, signal.SIGKILL)
+                os.kill(loader._making.gatherer._processes[i % workers].pid, signal.SIGKILL)
             add(buffer, 40 + 20 * i, 60 + 20 * i)
         loader.close()
         return seen

@@ -49,11 +49,11 @@ def test_feed_over_workers_gives_every_batch_right_and_no_slot_is_used_too_early
             engine.read(block, results)
             layouts.append(layout)
             ids.append(batch.ids)
-            slots = loader._gatherer.slots
+            slots = loader._making.gatherer.slots
             leased.append(sum(map(len, slots._leased)) - len(slots._returned))
             del batch, block
         stats = loader.stats()
-        assert engine.locked == [(loader._gatherer.ring.address, stats.ring_bytes)]
+        assert engine.locked == [(loader._making.gatherer.ring.address, stats.ring_bytes)]
     engine.synchronize()
     assert (stats.copies, stats.parcels) == (0, 0)
     assert max(leased) <= depth + 2

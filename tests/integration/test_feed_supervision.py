@@ -53,7 +53,7 @@ def numbers(batch):
 
 
 def pids(loader):
-    return [process.pid for process in loader._gatherer._processes]
+    return [process.pid for process in loader._making.gatherer._processes]
 
 
 def children_of_this_process():
@@ -68,7 +68,7 @@ def descriptors():
 
 def slots_that_came_back(loader):
     gc.collect()
-    slots = loader._gatherer.slots
+    slots = loader._making.gatherer.slots
     slots._collect()
     return sum(map(len, slots._free)) + len(slots._promised)
 

@@ -65,7 +65,7 @@ def expected(buffer, count, unit=Transition(), **kwargs):  # noqa: B008
 
 
 def pids(loader):
-    return [process.pid for process in loader._gatherer._processes]
+    return [process.pid for process in loader._making.gatherer._processes]
 
 
 # ---------------------------------------------------------------------------------------------------------- leases
