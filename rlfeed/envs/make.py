@@ -13,6 +13,7 @@ from rlfeed.envs.seeds import NumberedEpisodes
 from rlfeed.envs.serial import SerialEnvs, check_distinct
 from rlfeed.envs.source import EnvSource, Wrapper
 from rlfeed.errors import ConfigError, suggest
+from rlfeed.processes import undecided
 
 EnvsMode = Literal["auto", "serial", "sync", "async"]
 Autoreset = Literal["same_step", "next_step", "disabled"]
@@ -84,7 +85,8 @@ def make_envs(
     makers = [_NumberedSource(source, env_id, num_envs) for env_id in range(num_envs)]
     if mode == "async":
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        workers = AsyncVectorEnv(makers, context=method, autoreset_mode=AUTORESETS[autoreset])
+        with undecided():
+            workers = AsyncVectorEnv(makers, context=method, autoreset_mode=AUTORESETS[autoreset])
         return VectorEnvs(workers, source.name, numbered=True)
     vector = SyncVectorEnv(makers, autoreset_mode=AUTORESETS[autoreset])
     check_distinct(source.name, vector.envs)

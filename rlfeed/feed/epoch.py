@@ -9,12 +9,12 @@ import numpy as np
 
 from rlfeed.errors import ConfigError, UnsupportedError
 from rlfeed.feed.calibration import slot_bytes_for
-from rlfeed.feed.contexts import choose_context
 from rlfeed.feed.dataset import WAIT_S
 from rlfeed.feed.gatherers import AtOnce, Gatherer, Source, Transform
 from rlfeed.feed.ring import Ring, Slots, slots_for
 from rlfeed.feed.rollouts import Pieces
 from rlfeed.feed.workers import Workers
+from rlfeed.processes import choose_context
 from rlfeed.replay.buffer import ReplayBuffer
 from rlfeed.replay.samplers import stream_key
 from rlfeed.replay.units import Unit

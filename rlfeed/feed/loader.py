@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from rlfeed.errors import ConfigError, FieldError
 from rlfeed.feed.clock import Clock, Update
-from rlfeed.feed.contexts import context_of
 from rlfeed.feed.gatherers import Source, Transform
 from rlfeed.feed.making import Making, Register
 from rlfeed.feed.mix import Mix
 from rlfeed.feed.workers import OnDeath
+from rlfeed.processes import context_of
 from rlfeed.replay.buffer import ReplayBuffer
 from rlfeed.replay.limiter import Limiter
 from rlfeed.replay.memory import readable_bytes
@@ -137,7 +137,7 @@ class ReplayLoader(DataLoader[Any]):
         return self._making.choice
 
     @property
-    def num_workers(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] - torch's is an attribute
+    def num_workers(self) -> int:
         """Count the worker processes.
 
         Returns:
@@ -146,8 +146,8 @@ class ReplayLoader(DataLoader[Any]):
         return self._making.num_workers
 
     @num_workers.setter
-    def num_workers(self, workers: int) -> None:
-        pass  # by torch's constructor, which was told what we have
+    def num_workers(self, workers: int) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        pass  # by torch's constructor, where it is an attribute, and which was told what we have
 
     @property
     def multiprocessing_context(self) -> Any:
@@ -414,7 +414,7 @@ def make_loader(
     ]
     if not _is_int(num_workers) and num_workers != "auto":
         wrong.append(f"num_workers is {num_workers!r}; expected 0 .. lookahead, or 'auto'")
-    elif _is_int(num_workers) and _is_int(lookahead) and not 0 <= int(num_workers) <= lookahead:
+    elif _is_int(num_workers) and _is_int(lookahead) and not 0 <= int(num_workers) <= max(lookahead, 0):
         wrong.append(f"num_workers is {num_workers}; expected 0 .. lookahead, which is {lookahead}")
     if not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
         wrong.append(f"timeout_s is {timeout_s!r}; expected seconds above 0")

@@ -11,10 +11,10 @@ import numpy as np
 
 from rlfeed.errors import ConfigError
 from rlfeed.feed.calibration import choose_workers, slot_bytes_for
-from rlfeed.feed.contexts import choose_context
 from rlfeed.feed.gatherers import AtOnce, Gatherer, InThread, Source
 from rlfeed.feed.ring import Ring, Slots, check_ring, slots_for
 from rlfeed.feed.workers import OnDeath, Workers
+from rlfeed.processes import choose_context
 from rlfeed.replay.table import KEPT
 
 Register = Callable[[int, int], Callable[[], None] | None]

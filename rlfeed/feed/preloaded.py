@@ -2,7 +2,7 @@
 
 import signal
 
-from rlfeed.feed.contexts import ignore_interrupts
+from rlfeed.processes import ignore_interrupts
 
 ignore_interrupts()  # what came until now is forgotten: the server itself ignores it from here on
 signal.signal(signal.SIGINT, signal.default_int_handler)

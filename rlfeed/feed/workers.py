@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from rlfeed.errors import ConfigError, FeedTimeoutError, RlfeedError, WorkerError
-from rlfeed.feed.contexts import ignore_interrupts, undecided, uninterrupted
 from rlfeed.feed.gatherers import Source
 from rlfeed.feed.inbox import Inbox
 from rlfeed.feed.ring import NOT_HERE, Ring, Slots
 from rlfeed.layout import Layout
+from rlfeed.processes import ignore_interrupts, undecided, uninterrupted
 from rlfeed.replay import kernels as k
 from rlfeed.replay.readers import allocate_private
 from rlfeed.types import Batch

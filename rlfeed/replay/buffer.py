@@ -177,6 +177,7 @@ class ReplayBuffer:
         Raises:
             FieldError: If a field's name, shape or dtype is not the declared one; all findings at once.
             LaneError: If a row does not continue its lane. Nothing has been written then.
+            FeedTimeoutError: If it would overwrite what a loader's worker does not gather in time, or a limiter waits.
         """
         if self.unread.settlers:
             self.unread.before_rows(2)  # a first step, and its successor

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from rlfeed import errors
 from rlfeed.feed import DeviceFeed, ReplayDataset, pad_collate, stream
-from rlfeed.feed.contexts import choose_context
+from rlfeed.processes import choose_context
 from rlfeed.replay import Episode
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

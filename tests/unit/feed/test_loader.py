@@ -283,10 +283,12 @@ def test_mixtures_that_do_not_fit_together_are_refused(buffers, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; expected an int of at least 1"),
         ({"batch_size": 4, "num_workers": 5}, r"num_workers is 5; expected 0 .. lookahead, which is 4"),
-        ({"batch_size": 4, "lookahead": -1, "seed": -1}, "lookahead is -1; expected at least 0; seed is -1"),
+        ({"batch_size": 4, "lookahead": -1, "seed": -1}, "lookahead is -1; expected an int of at least 0; seed is -1"),
         ({"batch_size": 4, "timeout_s": 0.0}, "timeout_s is 0.0"),
+        ({"batch_size": 2.5, "timeout_s": float("nan"), "limiter": 3}, r"batch_size is 2.5.*timeout_s is nan.*limiter"),
+        ({"batch_size": True, "num_workers": "many"}, "batch_size is True.*num_workers is 'many'"),
     ],
 )
 def test_settings_out_of_range_are_refused_together(options, message):
