@@ -1,6 +1,7 @@
 """How worker processes are started, and that Ctrl-C does not reach them while they are."""
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,15 @@ def choose_context(context: Any) -> Any:
         known = getattr(forkserver._forkserver, "_preload_modules", ["__main__"])  # what the user wants there
         context.set_forkserver_preload(list(dict.fromkeys([*known, *_PRELOADED])))
     return context
+
+
+def processors() -> int:
+    """Count the processors that this process may use.
+
+    Returns:
+        At least 1.
+    """
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def context_of(context: Any) -> Any:

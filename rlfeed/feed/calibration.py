@@ -1,11 +1,12 @@
 """What a loader learns from one batch: how large its slots must be, and whether processes pay."""
 
-import os
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 
 from rlfeed.feed.gatherers import Source
+from rlfeed.processes import processors
 from rlfeed.types import Batch
 
 _TRIES = 5
@@ -57,16 +58,26 @@ def choose_workers(source: Source, batch: int) -> tuple[int, str]:
     transform_s = 0.0
     if source.transform is not None:
         transform_s = max(0.0, _median_s(lambda: source.finish(source.gather(batch), batch)) - gather_s)
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = processors()
     took = f"auto: a batch takes {1e3 * gather_s:.2f} ms to gather and {1e3 * transform_s:.2f} ms to transform"
     if any(buffer.storage_kind in ("private", "cuda") for buffer in source.mix.buffers):
         return 0, f"{took}; the storage is not shared with other processes, so a thread of this one gathers"
     if transform_s < _WORTH_S:
         return 0, f"{took}, which a thread of this process does without transport"
-    if cpus < 2:
-        return 0, f"{took}, but there is one processor, so a thread of this process gathers"
-    workers = max(1, min(source.table.lookahead, cpus - 1))
+    workers = min(source.table.lookahead, cpus - 1)
+    if workers < 1:
+        return 0, f"{took}, but there is one processor or no lookahead, so a thread of this process gathers"
+    if not _is_sendable(source.transform):
+        return 0, f"{took}, which cannot be sent to another process, so a thread of this process gathers"
     return workers, f"{took} under the GIL, so {workers} of {cpus} processors make batches in processes of their own"
+
+
+def _is_sendable(transform: object) -> bool:
+    try:
+        ForkingPickler.dumps(transform)
+    except Exception:
+        return False
+    return True
 
 
 def _median_s(call: Callable[[], object]) -> float:

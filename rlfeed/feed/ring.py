@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rlfeed.errors import CapacityError
+from rlfeed.processes import processors
 from rlfeed.replay import kernels as k
 from rlfeed.replay.memory import Memory, available_bytes, readable_bytes
 
@@ -34,8 +35,8 @@ _READY, _NBYTES, _LAYOUT = range(3)
 NOT_HERE = -1
 ACTS = ("starting", "waiting for work", "gathering", "transforming")
 # How often to look before falling asleep. Being woken costs 20 to 50 us and a system call of the other side, so the
-# learner looks for about 10 us, and a worker, whose processor is its own, for about 70.
-_LEARNER_SPINS, _WORKER_SPINS = 30_000, 200_000
+# learner looks for about 10 us, and a worker for about 70 where there is a processor for each of them and the learner.
+_SPINS, _WORKER_SPINS = 30_000, 200_000
 
 
 class Ring:
@@ -72,10 +73,11 @@ class Ring:
     def _bind(self) -> None:
         self._words = self._memory.bytes[: self._offset].view(np.int64)
         self._address = self._memory.address
+        self._spins = _WORKER_SPINS if processors() > self.workers else _SPINS
         self._targets = _LINE * (1 + self.workers + self.workers * self.slots)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_words", "_address")}
+        return {name: value for name, value in vars(self).items() if name not in ("_words", "_address", "_spins")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -153,7 +155,7 @@ class Ring:
             True where it is.
         """
         word = self._address + 8 * (_LINE * (1 + self.workers + slot) + _READY)
-        return k.await_word(word, batch + 1, _LEARNER_SPINS if spin else 0) == batch + 1
+        return k.await_word(word, batch + 1, _SPINS if spin else 0) == batch + 1
 
     def filled(self, slot: int) -> tuple[int, int]:
         """Say what lies in a slot that is ready.
@@ -205,7 +207,7 @@ class Ring:
         Returns:
             True where it has.
         """
-        return k.await_word(self._address + _DRAWN * 8, batch + 1, _WORKER_SPINS if spin else 0) > batch
+        return k.await_word(self._address + _DRAWN * 8, batch + 1, self._spins if spin else 0) > batch
 
     @property
     def is_stopped(self) -> bool:

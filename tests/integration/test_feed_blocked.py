@@ -280,3 +280,15 @@ def test_thread_that_writes_and_thread_that_learns_never_wait_for_each_other(lim
     assert wrong == []
     loader.close()
     gc.collect()
+
+
+def test_auto_with_a_transform_that_cannot_be_sent_stays_in_this_process():
+    def local(batch):
+        time.sleep(0.005)
+        return batch
+
+    loader = loader_of(buffer_of(), "auto", transform=local)
+    assert len(next(iter(loader))) == 6
+    assert loader.num_workers == 0
+    assert "thread" in loader.choice
+    loader.close()
