@@ -35,6 +35,7 @@ def look() -> dict[str, Figures]:
     Returns:
         What was found, by question.
     """
+    multiprocessing.set_start_method(None, force=True)  # importing TorchRL sets one for the whole process
     return {
         "written after the workers started, seen after": fresh(),
         "copies of the payload after storage": copies(),
