@@ -3,9 +3,11 @@
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
 
 from rlfeed.errors import ConfigError
@@ -18,7 +20,8 @@ def choose_context(context: Any) -> Any:
 
     Args:
         context: A context of `multiprocessing`, or None: what the user has set for this process, else forkserver (a
-            fork of a process that has threads can hang), else spawn.
+            fork of a process that has threads can hang), else spawn. A script that is read from standard input has no
+            file that another process could import: there it is fork.
 
     Returns:
         The context.
@@ -33,12 +36,20 @@ def choose_context(context: Any) -> Any:
         )
     if context is None:
         methods, method = multiprocessing.get_all_start_methods(), multiprocessing.get_start_method(allow_none=True)
-        context = multiprocessing.get_context(method or ("forkserver" if "forkserver" in methods else "spawn"))
+        wanted = ("forkserver", "spawn") if _has_file() else ("fork", "spawn")
+        context = multiprocessing.get_context(method or next(name for name in wanted if name in methods))
     if context.get_start_method() == "forkserver":
         # Imported once, in the process that forks them: a worker is there after 0.05 s instead of 3 s.
         known = getattr(forkserver._forkserver, "_preload_modules", ["__main__"])  # what the user wants there
         context.set_forkserver_preload(list(dict.fromkeys([*known, *_PRELOADED])))
     return context
+
+
+def _has_file() -> bool:
+    """Tell whether another process can import what this one runs, or need not: a command line has nothing to import."""
+    main = sys.modules.get("__main__")
+    path = getattr(main, "__file__", None)
+    return path is None or getattr(main, "__spec__", None) is not None or Path(path).exists()
 
 
 def processors() -> int:

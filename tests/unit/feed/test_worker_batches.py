@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import pickle
+import sys
 import threading
 import time
 import warnings
@@ -16,6 +17,7 @@ from support.worker_loaders import add, buffer_of, expected, loader_of, numbers,
 from rlfeed import errors, make_envs
 from rlfeed.feed import gatherers, ring
 from rlfeed.feed.workers import Workers
+from rlfeed.processes import choose_context
 from rlfeed.replay import Episode, Limiter, Prioritized, Sequence, Transition
 from rlfeed.types import Batch
 
@@ -297,3 +299,12 @@ def test_environments_in_processes_choose_no_start_method_for_loaders():
         envs = make_envs("CartPole-v1", 2, mode="async")
         envs.close()
         assert multiprocessing.get_start_method(allow_none=True) is None
+
+
+def test_start_method_is_fork_where_the_script_has_no_file(monkeypatch):
+    """``python - < script.py``: other processes could not import it."""
+    with start_method(None):
+        assert choose_context(None).get_start_method() == "forkserver"
+        monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+        monkeypatch.setattr(sys.modules["__main__"], "__file__", "<stdin>", raising=False)
+        assert choose_context(None).get_start_method() == "fork"
