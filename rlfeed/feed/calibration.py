@@ -13,17 +13,17 @@ _TRIES = 5
 _WORTH_S = 1e-3  # of transforming, which holds the GIL: from here on a process is worth its transport
 
 
-def slot_bytes_for(source: Source, batch: int) -> int:
+def slot_bytes_for(source: Source, most: int, batch: int) -> int:
     """Say how large the slots of a ring must be.
 
     Args:
         source: What makes batches.
+        most: Bytes of the largest one before it is transformed.
         batch: One whose draws are known.
 
     Returns:
         Bytes: of the largest batch as gathered; with a transform, as much larger or smaller as it makes this one.
     """
-    most = source.mix.most_bytes(source.table.batch_size)
     if source.transform is None:
         return most
     gathered = source.gather(batch)
@@ -41,7 +41,7 @@ def _nbytes(batch: Batch) -> int:
     return sum(sizes)
 
 
-def choose_workers(source: Source, batch: int) -> tuple[int, str]:
+def choose_workers(source: Source, batch: int, most: int, *, shared: bool) -> tuple[int, str]:
     """Choose between a thread of this process and worker processes, by making one batch a few times.
 
     A gather holds no GIL, so a thread does it beside the learner and needs no transport. A transform that takes its
@@ -50,6 +50,8 @@ def choose_workers(source: Source, batch: int) -> tuple[int, str]:
     Args:
         source: What makes batches.
         batch: One whose draws are known.
+        most: Workers at most.
+        shared: Whether other processes see the rows.
 
     Returns:
         Worker processes, 0 for a thread, and why.
@@ -60,11 +62,11 @@ def choose_workers(source: Source, batch: int) -> tuple[int, str]:
         transform_s = max(0.0, _median_s(lambda: source.finish(source.gather(batch), batch)) - gather_s)
     cpus = processors()
     took = f"auto: a batch takes {1e3 * gather_s:.2f} ms to gather and {1e3 * transform_s:.2f} ms to transform"
-    if any(buffer.storage_kind in ("private", "cuda") for buffer in source.mix.buffers):
+    if not shared:
         return 0, f"{took}; the storage is not shared with other processes, so a thread of this one gathers"
     if transform_s < _WORTH_S:
         return 0, f"{took}, which a thread of this process does without transport"
-    workers = min(source.table.lookahead, cpus - 1)
+    workers = min(most, cpus - 1)
     if workers < 1:
         return 0, f"{took}, but there is one processor or no lookahead, so a thread of this process gathers"
     if not _is_sendable(source.transform):

@@ -3,7 +3,7 @@
 import multiprocessing
 import warnings
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -62,10 +62,11 @@ class Epoch(Iterator[Any]):
         source: What makes them, by their numbers.
         count: How many there are.
         num_workers: Worker processes; 0 makes each when it is asked for.
+        most_bytes: Of the largest one before it is transformed; for workers.
     """
 
-    def __init__(self, source: Source, count: int, num_workers: int) -> None:
-        self._source, self._count, self._num_workers = source, count, num_workers
+    def __init__(self, source: Source, count: int, num_workers: int, most_bytes: int) -> None:
+        self._source, self._count, self._num_workers, self._most_bytes = source, count, num_workers, most_bytes
         self._ahead = max(_AHEAD, num_workers) if num_workers else 0
         self._begun = self._given = 0
         self._gatherer: Gatherer | None = None
@@ -99,7 +100,7 @@ class Epoch(Iterator[Any]):
         if not self._num_workers:
             return AtOnce(self._source)
         slots, owed = slots_for(self._num_workers, self._ahead, 0)
-        ring = Ring(self._num_workers, slots, slot_bytes_for(self._source, 0), self._ahead + 1)
+        ring = Ring(self._num_workers, slots, slot_bytes_for(self._source, self._most_bytes, 0), self._ahead + 1)
         return Workers(self._source, ring, _Slots(ring, owed), 0, choose_context(None), WAIT_S, "raise")
 
     def close(self) -> None:
@@ -167,8 +168,8 @@ def epoch(
     key = stream_key(seed, "epoch")
     order = Order(arrange(samples.lengths, batch_size, shuffle=shuffle, bucket=bucket, key=key), batch_size, key)
     count = len(samples.lengths) // batch_size if drop_last else -(-len(samples.lengths) // batch_size)
-    # A snapshot and its order are to a pass what a mix and its draw table are to a loader.
-    return Epoch(Source(cast(Any, samples), cast(Any, order), transform), count, int(num_workers))
+    most_bytes = 0 if isinstance(samples, Pieces) else samples.most_bytes(batch_size)
+    return Epoch(Source(samples, order, transform), count, int(num_workers), most_bytes)
 
 
 def arrange(lengths: np.ndarray, batch_size: int, *, shuffle: bool, bucket: int, key: int) -> np.ndarray:

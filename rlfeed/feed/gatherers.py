@@ -6,26 +6,58 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, Protocol
 
 from rlfeed.errors import FeedTimeoutError, WorkerError
-from rlfeed.feed.mix import Mix
 from rlfeed.feed.seeding import seeded
 from rlfeed.replay.readers import Allocate, allocate_private
-from rlfeed.replay.table import DrawTable
 from rlfeed.types import Batch
 
 Transform = Callable[[Batch], Any]
 
 
+class Entries(Protocol):
+    """Say what each batch holds: the draw table of a loader, the order of a pass."""
+
+    key: int
+    batch_size: int
+
+    def entry(self, batch: int) -> Any:
+        """Give what a batch holds.
+
+        Args:
+            batch: Its number.
+
+        Returns:
+            What `Samples.gather` takes.
+        """
+        ...
+
+
+class Samples(Protocol):
+    """Gather what an entry names: a mix of buffers, a snapshot of one."""
+
+    def gather(self, entry: Any, allocate: Allocate = allocate_private, /) -> Batch:
+        """Gather one batch.
+
+        Args:
+            entry: What it holds.
+            allocate: Where its block comes from.
+
+        Returns:
+            The batch.
+        """
+        ...
+
+
 class Source:
-    """Make batches by their numbers, in whatever process: gather what a table has drawn, then transform it.
+    """Make batches by their numbers, in whatever process: gather what an entry names, then transform it.
 
     Args:
-        mix: What is drawn from.
-        table: The draws.
+        samples: What is gathered.
+        entries: What each batch holds.
         transform: The user's code, or None.
     """
 
-    def __init__(self, mix: Mix, table: DrawTable, transform: Transform | None) -> None:
-        self.mix, self.table, self.transform = mix, table, transform
+    def __init__(self, samples: Samples, entries: Entries, transform: Transform | None) -> None:
+        self.samples, self.entries, self.transform = samples, entries, transform
 
     def gather(self, batch: int, allocate: Allocate = allocate_private) -> Batch:
         """Gather a batch whose draws are known.
@@ -37,7 +69,7 @@ class Source:
         Returns:
             The batch.
         """
-        return self.mix.gather(self.table.entry(batch), allocate)
+        return self.samples.gather(self.entries.entry(batch), allocate)
 
     def finish(self, gathered: Batch, batch: int) -> Any:
         """Transform a batch, under random generators that are seeded by its number.
@@ -54,7 +86,7 @@ class Source:
         """
         if self.transform is None:
             return gathered
-        with seeded(self.table.key, batch):
+        with seeded(self.entries.key, batch):
             try:
                 return self.transform(gathered)
             except StopIteration as error:
@@ -72,7 +104,7 @@ class Source:
         Returns:
             Words for a message.
         """
-        size = self.table.batch_size
+        size = self.entries.batch_size
         return f"draws {batch * size} .. {(batch + 1) * size - 1}"
 
 

@@ -89,7 +89,9 @@ class ReplayLoader(DataLoader[Any]):
     short you are handed copies.
 
     Args:
-        source: What makes the batches.
+        mix: What is drawn from.
+        table: The draws.
+        transform: Applied to each batch.
         num_workers: Worker processes; 0 gathers in this one, when the draws are made.
         timeout_s: Seconds to wait for a worker, or for the limiter.
         limiter: Bounds samples per inserted step.
@@ -98,15 +100,17 @@ class ReplayLoader(DataLoader[Any]):
 
     def __init__(
         self,
-        source: Source,
+        mix: Mix,
+        table: DrawTable,
+        transform: Transform | None,
         num_workers: int | Literal["auto"],
         timeout_s: float,
         limiter: Limiter | None,
         on_worker_death: OnDeath,
     ) -> None:
-        self._mix, self._table = source.mix, source.table
+        self._mix, self._table = mix, table
         self._clock, self._timeout_s = Clock(self._mix, self._table), timeout_s
-        self._making = Making(source, num_workers, timeout_s, on_worker_death)
+        self._making = Making(Source(mix, table, transform), mix, table, num_workers, timeout_s, on_worker_death)
         self._turn, self._limiter, self._limits = 0, limiter, False
         self._owner, self._delivering = os.getpid(), threading.Lock()
         super().__init__(_Live(self), batch_size=None, num_workers=self._making.num_workers)
@@ -433,8 +437,7 @@ def make_loader(
     mix = Mix(parts, unit, with_workers=shared and num_workers != "auto")
     table = DrawTable(mix.fill, stream_key(seed, "loader", rank=rank), batch_size, lookahead, shared=shared, past=mix)
     workers = num_workers if num_workers == "auto" else int(num_workers)
-    source = Source(mix, table, transform)
-    return ReplayLoader(source, workers, timeout_s, limiter, on_worker_death)
+    return ReplayLoader(mix, table, transform, workers, timeout_s, limiter, on_worker_death)
 
 
 def _is_int(value: Any) -> bool:

@@ -12,10 +12,11 @@ import numpy as np
 from rlfeed.errors import ConfigError
 from rlfeed.feed.calibration import choose_workers, slot_bytes_for
 from rlfeed.feed.gatherers import AtOnce, Gatherer, InThread, Source
+from rlfeed.feed.mix import Mix
 from rlfeed.feed.ring import Ring, Slots, check_ring, slots_for
 from rlfeed.feed.workers import OnDeath, Workers
 from rlfeed.processes import choose_context
-from rlfeed.replay.table import KEPT
+from rlfeed.replay.table import KEPT, DrawTable
 
 Register = Callable[[int, int], Callable[[], None] | None]
 
@@ -25,15 +26,23 @@ class Making:
 
     Args:
         source: What is made.
+        mix: Of what.
+        table: The draws.
         num_workers: Worker processes, or ``"auto"``.
         timeout_s: Seconds to wait for a batch.
         on_worker_death: What to do when a worker dies.
     """
 
     def __init__(
-        self, source: Source, num_workers: int | Literal["auto"], timeout_s: float, on_worker_death: OnDeath
+        self,
+        source: Source,
+        mix: Mix,
+        table: DrawTable,
+        num_workers: int | Literal["auto"],
+        timeout_s: float,
+        on_worker_death: OnDeath,
     ) -> None:
-        self._source, self._table, self._timeout_s = source, source.table, timeout_s
+        self._source, self._mix, self._table, self._timeout_s = source, mix, table, timeout_s
         self._on_worker_death: OnDeath = on_worker_death
         self._auto, self.num_workers = num_workers == "auto", 0 if num_workers == "auto" else int(num_workers)
         self.choice = "as asked for"
@@ -47,7 +56,10 @@ class Making:
 
     def _check_size(self) -> None:
         slots, _ = slots_for(self.num_workers, self._table.lookahead, self._depth)
-        check_ring(self.num_workers * slots, self._source.mix.most_bytes(self._table.batch_size))
+        check_ring(self.num_workers * slots, self._most_bytes())
+
+    def _most_bytes(self) -> int:
+        return self._mix.most_bytes(self._table.batch_size)
 
     def attach(self, depth: int, register: Register | None) -> None:
         """Take what a `DeviceFeed` tells; see `ReplayLoader.attach`.
@@ -89,7 +101,9 @@ class Making:
         source, first = self._source, self._table.delivered
         self._table.begun = first
         if self._auto:
-            self._auto, (self.num_workers, self.choice) = False, choose_workers(source, first)
+            shared = all(buffer.storage_kind not in ("private", "cuda") for buffer in self._mix.buffers)
+            self.num_workers, self.choice = choose_workers(source, first, self._table.lookahead, shared=shared)
+            self._auto = False
         in_thread = not self.num_workers and self.choice.startswith("auto")
         if self.num_workers and multiprocessing.current_process().daemon:
             self.num_workers, in_thread = 0, True
@@ -97,7 +111,7 @@ class Making:
             warnings.warn(f"make_loader: {self.choice.removeprefix('auto: ')}.", RuntimeWarning, stacklevel=5)
         if not in_thread and not self.num_workers:
             return AtOnce(source)
-        for buffer in source.mix.buffers:
+        for buffer in self._mix.buffers:
             buffer.unread.protect(self.settle)
         return InThread(source, self._timeout_s) if in_thread else self._start_workers(first)
 
@@ -105,7 +119,7 @@ class Making:
         table, source = self._table, self._source
         more = table.drawn - first - table.lookahead - 1  # a state may hold more than one learner draws ahead
         slots, owed = slots_for(self.num_workers, table.lookahead, max(self._depth, more))
-        ring = Ring(self.num_workers, slots, slot_bytes_for(source, first), table.lookahead + KEPT)
+        ring = Ring(self.num_workers, slots, slot_bytes_for(source, self._most_bytes(), first), table.lookahead + KEPT)
         context = choose_context(self.context)
         workers = Workers(source, ring, Slots(ring, owed), first, context, self._timeout_s, self._on_worker_death)
         if self._register is not None:
@@ -120,7 +134,7 @@ class Making:
         """See to it that what a state has drawn is gathered before writers of this process overwrite it."""
         self._holds = self._table.drawn > self._table.delivered
         if self._holds and (self.num_workers or self._auto):
-            for buffer in self._source.mix.buffers:
+            for buffer in self._mix.buffers:
                 buffer.unread.protect(self.settle)
         elif self._holds:
             self.begin()
