@@ -171,7 +171,7 @@ def test_batches_that_are_held_cost_no_descriptors():
     """Feed trap T14: 40 descriptors beside those that other tests left open, a thousand batches held."""
 
     def learn():
-        most = max(int(name) for name in os.listdir("/proc/self/fd")) + 40
+        most = max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + 40
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         held = list(itertools.islice(loader_of(buffer_of()), 1000))
         return 7 if len({batch.ids.data_ptr() for batch in held}) == 1000 else 8
