@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rlfeed.errors import CheckpointError, NotEnoughDataError
+from rlfeed.errors import CapacityError, CheckpointError, NotEnoughDataError
 from rlfeed.replay.draws import Draws
-from rlfeed.replay.memory import Memory
+from rlfeed.replay.memory import Memory, available_bytes, readable_bytes
 
 Fill = Callable[[Draws], None]
 KEPT = 32  # entries beside those drawn ahead: the one being made, and those that a `DeviceFeed` has taken ahead
@@ -39,6 +39,9 @@ class DrawTable:
         lookahead: Batches drawn ahead of delivery, >= 0.
         shared: Whether other processes gather.
         past: What can make draws again, so that a state needs no ids but a few words for each lane.
+
+    Raises:
+        CapacityError: If they do not fit in memory, with the numbers.
     """
 
     def __init__(
@@ -50,7 +53,14 @@ class DrawTable:
         self.begun = 0  # batches: the number of the next one to have made
         self.delivered = 0  # batches handed out
         self.taken_ahead = 0  # and how many of those a `DeviceFeed` still holds
-        self._memory = Memory("shared" if shared else "private", (lookahead + KEPT) * 3 * batch_size * 8)
+        nbytes, free = (lookahead + KEPT) * 3 * batch_size * 8, available_bytes()
+        if nbytes > 0.9 * free:
+            raise CapacityError(
+                f"make_loader: the draws of {lookahead + KEPT} batches of {batch_size} samples need "
+                f"{readable_bytes(nbytes)}, but {readable_bytes(free)} are free in memory; expected at most 90 % of "
+                "that. Lower batch_size or lookahead."
+            )
+        self._memory = Memory("shared" if shared else "private", nbytes)
         self._bind()
 
     def _bind(self) -> None:

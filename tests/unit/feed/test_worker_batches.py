@@ -122,6 +122,13 @@ def test_ring_that_does_not_fit_is_refused_with_the_numbers(monkeypatch):
         loader_of(buffer, Sequence(50), batch_size=256)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_draws_that_do_not_fit_are_refused_with_the_numbers(workers):
+    """Before anything is reserved: the system would kill the process."""
+    with pytest.raises(errors.CapacityError, match=r"36 batches of 1000000000 samples need 864.0 GB, but .* are free"):
+        loader_of(buffer_of(), workers=workers, batch_size=10**9)
+
+
 def test_episode_longer_than_allowed_is_refused_when_the_loader_is_made():
     with pytest.raises(errors.ConfigError, match="max_length is 6, but an episode of 7 steps is stored"):
         loader_of(buffer_of(), Episode(max_length=6))
