@@ -12,6 +12,7 @@ from typing import Any
 
 from rlfeed.errors import ConfigError
 
+_USUAL = ("gymnasium", "gymnasium.spaces")
 _PRELOADED = ("__main__", "rlfeed.feed.workers", "rlfeed.feed.preloaded")
 
 
@@ -41,7 +42,8 @@ def choose_context(context: Any) -> Any:
     if context.get_start_method() == "forkserver":
         # Imported once, in the process that forks them: a worker is there after 0.05 s instead of 3 s.
         known = getattr(forkserver._forkserver, "_preload_modules", ["__main__"])  # what the user wants there
-        context.set_forkserver_preload(list(dict.fromkeys([*known, *_PRELOADED])))
+        usual = [name for name in _USUAL if name in sys.modules]  # by the script, which each worker imports again
+        context.set_forkserver_preload(list(dict.fromkeys([*known, *usual, *_PRELOADED])))
     return context
 
 
