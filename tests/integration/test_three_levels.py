@@ -81,6 +81,7 @@ def test_levels_give_the_same_batches(buffer, unit, workers):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's workers, spawned, at their end
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: type(unit).__name__)
