@@ -1,9 +1,9 @@
 """Sequences of unequal lengths in one batch: padded to one T, or packed end to end without padding."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -28,16 +28,12 @@ class Ragged:
     the successor of that step. What has one entry a row (lengths, ids, weights, carry, ...) is the same in both.
     """
 
+    carve: ClassVar[Callable[..., Any]]  # makes a batch whose fields are views of one block; see `Batch.carve`
     reward: Tensor
     mask: Tensor | None
     lengths: Tensor | None
     cu_lengths: Tensor | None
     ids: Tensor | None
-
-    @classmethod
-    def carve(cls, block: Tensor, layout: Layout, ids: Tensor | None = None) -> Self:
-        """Make a batch whose fields are views of one block; see `Batch.carve`."""
-        raise NotImplementedError
 
     @property
     def key_padding_mask(self) -> Bool[Tensor, "B T"] | None:

@@ -166,7 +166,7 @@ class _Stream:
                 if not others_write:  # the caller is the only writer: waiting for itself would never end
                     raise
                 if time.monotonic() > deadline:
-                    raise FeedTimeoutError(f"worker {self.worker} waited {WAIT_S:.0f} s for data. {error}") from error
+                    raise FeedTimeoutError(f"worker {self.worker} waited {WAIT_S:g} s for data. {error}") from error
                 if os.getppid() != parent:
                     raise SystemExit(0) from error  # the learner is gone
                 time.sleep(0.002)

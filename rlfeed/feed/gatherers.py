@@ -210,7 +210,7 @@ class InThread:
 
     def _late(self, batch: int) -> FeedTimeoutError:
         return FeedTimeoutError(
-            f"make_loader: waited {self._timeout_s:.0f} s for the thread that gathers batch {batch} "
+            f"make_loader: waited {self._timeout_s:g} s for the thread that gathers batch {batch} "
             f"({self._source.draws_of(batch)}). Raise timeout_s, or lower batch_size."
         )
 

@@ -186,7 +186,7 @@ class Mix:
                 if not self._others_write:
                     raise
                 if time.monotonic() > deadline:
-                    raise FeedTimeoutError(f"sampling: waited {timeout_s:.0f} s for writers. {error}") from error
+                    raise FeedTimeoutError(f"sampling: waited {timeout_s:g} s for writers. {error}") from error
                 time.sleep(_POLL_S)
             else:
                 self._count_drawn(table.entry(drawn))

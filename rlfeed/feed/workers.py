@@ -365,7 +365,7 @@ class Workers:
     def _late(self, worker: int, batch: int) -> FeedTimeoutError:
         act, number, since_s = self.ring.act_of(worker, time.monotonic_ns())
         return FeedTimeoutError(
-            f"make_loader: waited {self._timeout_s:.0f} s for worker {worker} to make batch {batch} "
+            f"make_loader: waited {self._timeout_s:g} s for worker {worker} to make batch {batch} "
             f"({self._source.draws_of(batch)}); it has been {act} (batch {number}) for {since_s:.1f} s. See what the "
             "transform waits for, or raise timeout_s."
         )

@@ -172,7 +172,7 @@ class Gate:
                 raise NotEnoughDataError(f"sampling: {reason}; expected {missing} more steps first. Collect them.")
             if time.monotonic() > deadline:
                 raise FeedTimeoutError(
-                    f"sampling: waited {timeout_s:.0f} s for writers to insert {missing} more steps: {reason}. See "
+                    f"sampling: waited {timeout_s:g} s for writers to insert {missing} more steps: {reason}. See "
                     "whether the actors live, or raise samples_per_insert."
                 )
             time.sleep(_POLL_S)
@@ -189,7 +189,7 @@ class Gate:
         while self.active[0] and not self._words[_OPEN] and (surplus := self._surplus()) > 0:
             if time.monotonic() > deadline:
                 raise FeedTimeoutError(
-                    f"inserting: waited {self._floats[_TIMEOUT_S]:.0f} s for the learner to take {math.ceil(surplus)} "
+                    f"inserting: waited {self._floats[_TIMEOUT_S]:g} s for the learner to take {math.ceil(surplus)} "
                     f"more samples: the limiter allows {float(self._floats[_SAMPLES_PER_INSERT])} samples per insert, "
                     f"{self.taken} were taken of {self.inserted} inserted steps. See whether the learner lives, or "
                     "lower samples_per_insert."

@@ -13,44 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gymnasium.spaces import Box, Discrete
+from support.worker_loaders import add, buffer_of, loader_of, numbers, take
 
 from rlfeed import errors
 from rlfeed.feed import make_loader
-from rlfeed.replay import Limiter, Prioritized, ReplayBuffer, Transition
-from rlfeed.types import Step
+from rlfeed.replay import Limiter, Prioritized, Transition
 
 HANG_S = 60
-
-
-def buffer_of(capacity=400, rows=60, **kwargs):
-    buffer = ReplayBuffer(Box(-np.inf, np.inf, (1,), np.float32), Discrete(9), capacity=capacity, num_envs=2, **kwargs)
-    add(buffer, 0, rows)
-    return buffer
-
-
-def add(buffer, begin, end, length=7):
-    """Steps whose observation and reward are their number."""
-    never = np.zeros(2, bool)
-    for i in range(begin, end):
-        observation, over = np.full((2, 1), i, np.float32), np.full(2, i % length == length - 1)
-        actions, rewards, first = np.full(2, i % 9), np.full(2, i, np.float32), np.full(2, i % length == 0)
-        buffer.add(Step(observation, actions, rewards, observation + 1, over, never, is_first=first))
-
-
-def loader_of(buffer, workers=2, **kwargs):
-    loader = make_loader(buffer, Transition(), batch_size=6, num_workers=workers, **({"seed": 5} | kwargs))
-    if workers not in (0, "auto"):
-        loader.multiprocessing_context = "fork"
-    return loader
-
-
-def numbers(batch):
-    return batch.ids.tolist(), batch.reward.tolist()
-
-
-def take(loader, count):
-    return [numbers(batch) for batch in itertools.islice(loader, count)]
 
 
 def in_child(call, *args):
@@ -72,9 +41,20 @@ def test_empty_buffer_is_an_error_at_once_where_nobody_else_writes():
         next(iter(loader))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_empty_buffer_that_somebody_else_writes_is_waited_for_by_name(workers):
+    buffer = buffer_of(rows=0)
+    writer = buffer.writer([0, 1])
+    batches = iter(loader_of(buffer, workers=workers, timeout_s=0.5))
+    with pytest.raises(errors.FeedTimeoutError, match=r"waited 0.5 s for writers.*holds 0 steps.*at least one step"):
+        next(batches)
+    add(writer, 0, 10)
+    assert len(next(batches)) == 6
+
+
 def test_two_loaders_on_one_buffer_each_give_their_own_stream():
     buffer = buffer_of()
-    wanted = take(loader_of(buffer, 0), 12), take(loader_of(buffer, 0, seed=6), 12)
+    wanted = take(loader_of(buffer, workers=0), 12), take(loader_of(buffer, workers=0, seed=6), 12)
     with loader_of(buffer) as one, loader_of(buffer, seed=6) as other:
         pairs = [(numbers(a), numbers(b)) for a, b in itertools.islice(zip(one, other, strict=True), 12)]
     assert tuple(map(list, zip(*pairs, strict=True))) == wanted
@@ -82,7 +62,7 @@ def test_two_loaders_on_one_buffer_each_give_their_own_stream():
 
 def test_loader_that_was_closed_begins_again_where_it_was():
     buffer = buffer_of()
-    wanted = take(loader_of(buffer, 0), 12)
+    wanted = take(loader_of(buffer, workers=0), 12)
     loader = loader_of(buffer)
     seen = take(loader, 5)
     for _ in range(2):
@@ -94,7 +74,7 @@ def test_loader_that_was_closed_begins_again_where_it_was():
 
 def test_workers_outlive_the_thread_that_started_them():
     buffer = buffer_of()
-    wanted, seen = take(loader_of(buffer, 0), 30), []
+    wanted, seen = take(loader_of(buffer, workers=0), 30), []
     loader = loader_of(buffer)
     thread = threading.Thread(target=lambda: seen.extend(take(loader, 6)))
     thread.start()
@@ -109,7 +89,7 @@ def test_workers_outlive_the_thread_that_started_them():
 def test_daemonic_process_gathers_in_a_thread_with_one_warning():
     """Feed trap T29."""
     buffer = buffer_of()
-    wanted = take(loader_of(buffer, 0), 8)
+    wanted = take(loader_of(buffer, workers=0), 8)
 
     def learn():
         with warnings.catch_warnings(record=True) as caught:
@@ -132,7 +112,7 @@ def test_transform_may_start_a_thread():
         return batch
 
     buffer = buffer_of()
-    wanted = [(ids, [reward + 1 for reward in rewards]) for ids, rewards in take(loader_of(buffer, 0), 6)]
+    wanted = [(ids, [reward + 1 for reward in rewards]) for ids, rewards in take(loader_of(buffer, workers=0), 6)]
     learner = os.getpid()
     loader = loader_of(buffer, transform=lambda batch: threaded(batch) if os.getpid() != learner else batch)
     assert take(loader, 6) == wanted
@@ -210,7 +190,7 @@ class Noise:
 def test_auto_gives_the_batches_of_no_workers():
     def train(workers, cost_s):
         buffer, seen = buffer_of(sampler=Prioritized()), []
-        loader = loader_of(buffer, workers, transform=Noise(cost_s))
+        loader = loader_of(buffer, workers=workers, transform=Noise(cost_s))
         for i, batch in enumerate(itertools.islice(loader, 20)):
             seen.append(numbers(batch))
             loader.update_priorities(batch, np.random.default_rng(i).uniform(0, 5, len(batch)))
@@ -233,7 +213,7 @@ def test_worker_that_dies_while_a_writer_waits_for_it_is_replaced():
 
     def train(workers, kill):
         buffer, seen = buffer_of(capacity=60, rows=40), []
-        loader = loader_of(buffer, workers, transform=slow, on_worker_death="restart")
+        loader = loader_of(buffer, workers=workers, transform=slow, on_worker_death="restart")
         for i, batch in enumerate(itertools.islice(loader, 25)):
             seen.append(numbers(batch))
             if kill and i % 5 == 2:
@@ -288,7 +268,7 @@ def test_auto_with_a_transform_that_cannot_be_sent_stays_in_this_process():
         time.sleep(0.005)
         return batch
 
-    loader = loader_of(buffer_of(), "auto", transform=local)
+    loader = loader_of(buffer_of(), workers="auto", transform=local)
     assert len(next(iter(loader))) == 6
     assert loader.num_workers == 0
     assert "thread" in loader.choice

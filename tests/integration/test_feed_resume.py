@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 from gymnasium.spaces import Box, Discrete
+from support.worker_loaders import add, buffer_of, loader_of
 
 from rlfeed.feed import make_loader
 from rlfeed.replay import Episode, Mixture, Prioritized, Recent, ReplayBuffer, Sequence, Transition, Uniform
@@ -21,33 +22,15 @@ SAMPLERS = {
 }
 
 
-def add(buffer, begin, end, length=7):
-    """Steps whose observation and reward are their number."""
-    never = np.zeros(2, bool)
-    for i in range(begin, end):
-        observation, over, first = np.full((2, 1), i, np.float32), np.full(2, i % length == length - 1), i % length == 0
-        actions, rewards = np.full(2, i % 9), np.full(2, i, np.float32)
-        buffer.add(Step(observation, actions, rewards, observation + 1, over, never, is_first=np.full(2, first)))
-
-
 class Run:
     """A learner that reads, writes priorities back and adds steps, the same whenever it is asked for batch n."""
 
     def __init__(self, unit, sampler, capacity=2100, grow=1):
-        self.unit, self.sampler, self.capacity, self.grow, self.at, self.seen = unit, sampler, capacity, grow, 0, []
-        self.buffer = self.new_buffer()
-        add(self.buffer, 0, 1000)
-
-    def new_buffer(self):
-        space = Box(-np.inf, np.inf, (1,), np.float32)
-        sampler = SAMPLERS[self.sampler]()
-        return ReplayBuffer(space, Discrete(9), capacity=self.capacity, num_envs=2, sampler=sampler)
+        self.unit, self.sampler, self.grow, self.at, self.seen = unit, sampler, grow, 0, []
+        self.buffer = buffer_of(capacity, rows=1000, sampler=SAMPLERS[sampler]())
 
     def loader(self, workers, **kwargs):
-        loader = make_loader(self.buffer, self.unit, batch_size=6, num_workers=workers, seed=5, **kwargs)
-        if workers:
-            loader.multiprocessing_context = "fork"
-        return loader
+        return loader_of(self.buffer, self.unit, workers, **kwargs)
 
     def go_on(self, loader, batches, source=None):
         for batch in itertools.islice(source or loader, batches):

@@ -13,47 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gymnasium.spaces import Box, Discrete
+from support.worker_loaders import add, buffer_of, expected, loader_of, numbers, pids
 
 from rlfeed import errors
-from rlfeed.feed import make_loader
-from rlfeed.replay import Prioritized, ReplayBuffer, Sequence, Transition
-from rlfeed.types import Step
+from rlfeed.replay import Prioritized, Sequence
 
 HANG_S = 60
-
-
-def buffer_of(capacity=400, rows=60, length=7, **kwargs):
-    buffer = ReplayBuffer(Box(-np.inf, np.inf, (1,), np.float32), Discrete(9), capacity=capacity, num_envs=2, **kwargs)
-    add(buffer, 0, rows, length)
-    return buffer
-
-
-def add(buffer, begin, end, length=7):
-    """Steps whose observation and reward are their number."""
-    never = np.zeros(2, bool)
-    for i in range(begin, end):
-        observation, over = np.full((2, 1), i, np.float32), np.full(2, i % length == length - 1)
-        actions, rewards = np.full(2, i % 9), np.full(2, i, np.float32)
-        buffer.add(
-            Step(observation, actions, rewards, observation + 1, over, never, is_first=np.full(2, i % length == 0))
-        )
-
-
-def loader_of(buffer, unit=Transition(), workers=2, context="fork", batch_size=6, **kwargs):  # noqa: B008
-    loader = make_loader(buffer, unit, batch_size=batch_size, num_workers=workers, seed=5, **kwargs)
-    if workers:
-        loader.multiprocessing_context = context
-    return loader
-
-
-def numbers(batch):
-    weights = None if batch.weights is None else batch.weights.tolist()
-    return batch.ids.tolist(), batch.reward.tolist(), weights
-
-
-def pids(loader):
-    return [process.pid for process in loader._making.gatherer._processes]
 
 
 def children_of_this_process():
@@ -82,7 +47,7 @@ def train(workers, batches, kill=None, keep=0, **kwargs):
     loader = loader_of(buffer, Sequence(3), workers, **kwargs)
     seen, kept = [], []
     for i, batch in zip(range(batches), loader, strict=False):
-        seen.append(numbers(batch))
+        seen.append((*numbers(batch), batch.weights.tolist()))
         loader.update_priorities(batch, np.random.default_rng(i).uniform(0, 5, len(batch)))
         add(buffer, 60 + i, 61 + i)
         kept = [*kept, batch][-keep:] if keep else []
@@ -143,7 +108,7 @@ def test_both_workers_killed_at_once_and_in_their_first_moment_are_replaced():
 
 def test_each_death_is_an_error_and_the_stream_goes_on_after_it():
     buffer = buffer_of()
-    wanted = [numbers(batch) for batch in itertools.islice(loader_of(buffer, workers=0), 40)]
+    wanted = expected(buffer, 40)
     loader, seen, raised, killed = loader_of(buffer), [], 0, 0
     batches = iter(loader)
     while len(seen) < 40:
@@ -164,7 +129,7 @@ def test_each_death_is_an_error_and_the_stream_goes_on_after_it():
 def test_leases_of_a_worker_that_dies_stay_valid(monkeypatch):
     monkeypatch.setenv("RLFEED_DEBUG", "1")
     buffer = buffer_of()
-    wanted = [numbers(batch) for batch in itertools.islice(loader_of(buffer, workers=0), 30)]
+    wanted = expected(buffer, 30)
     loader = loader_of(buffer, on_worker_death="restart")
     batches = iter(loader)
     held = [next(batches), next(batches)]

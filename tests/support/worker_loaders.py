@@ -1,5 +1,7 @@
 """Loaders with worker processes over rows that say what they are."""
 
+import itertools
+
 import numpy as np
 from gymnasium.spaces import Box, Discrete
 
@@ -16,22 +18,15 @@ def buffer_of(capacity=400, rows=60, length=7, **kwargs):
 
 def add(buffer, begin, end, length=7):
     """Steps whose observation and reward are their number."""
-
-    def column(value, dtype):
-        return np.full(2, value, dtype)
-
+    never = np.zeros(2, bool)
     for i in range(begin, end):
-        observation = np.full((2, 1), i, np.float32)
-        buffer.add(
-            Step(
-                observation, column(i % 9, np.int64), column(i, np.float32), observation + 1,
-                column(i % length == length - 1, bool), column(False, bool), is_first=column(i % length == 0, bool),
-            )
-        )  # fmt: skip
+        observation, over = np.full((2, 1), i, np.float32), np.full(2, i % length == length - 1)
+        actions, rewards, first = np.full(2, i % 9), np.full(2, i, np.float32), np.full(2, i % length == 0)
+        buffer.add(Step(observation, actions, rewards, observation + 1, over, never, is_first=first))
 
 
 def loader_of(buffer, unit=Transition(), workers=2, context="fork", batch_size=6, **kwargs):  # noqa: B008
-    loader = make_loader(buffer, unit, batch_size=batch_size, num_workers=workers, seed=5, **kwargs)
+    loader = make_loader(buffer, unit, batch_size=batch_size, num_workers=workers, **({"seed": 5} | kwargs))
     if workers:
         loader.multiprocessing_context = context
     return loader
@@ -41,9 +36,12 @@ def numbers(batch):
     return batch.ids.tolist(), batch.reward.tolist()
 
 
+def take(loader, count):
+    return [numbers(batch) for batch in itertools.islice(loader, count)]
+
+
 def expected(buffer, count, unit=Transition(), **kwargs):  # noqa: B008
-    batches = iter(loader_of(buffer, unit, workers=0, **kwargs))
-    return [numbers(next(batches)) for _ in range(count)]
+    return take(loader_of(buffer, unit, workers=0, **kwargs), count)
 
 
 def pids(loader):

@@ -8,24 +8,18 @@ from rlfeed.replay.kernels.rows import (
     CLOSING,
     COMMITTED,
     FLAGS,
-    FRAMES,
     LANE_SHIFT,
     LANES,
     LIVE,
-    NBYTES,
-    OTHER,
     RESERVED,
-    ROLE,
-    ROLE_SUCCESSOR,
     ROW_MASK,
     first_row,
     index_of,
     is_stale,
-    is_torn,
     last_row,
     record_of,
 )
-from rlfeed.replay.kernels.stacks import copy_stack
+from rlfeed.replay.kernels.stacks import stack_transition
 from rlfeed.replay.kernels.words import fence, kernel, load_acquire, load_u8
 
 
@@ -104,12 +98,7 @@ def gather_stored_stacks(
         lane, row = ids[i] >> LANE_SHIFT, ids[i] & ROW_MASK
         first = max(tails[lane], first_row(plan, lane, row))
         successor = last_row(plan, lane, row, limits[i], n_step)
-        for f in range(fields.shape[0]):
-            newest = successor if fields[f, ROLE] == ROLE_SUCCESSOR else row
-            destination = block + fields[f, OTHER] + i * fields[f, FRAMES] * fields[f, NBYTES]
-            copy_stack(plan, fields[f], lane, newest, first, destination)
-        fence()
-        if is_torn(plan, lane, max(first, row - back)):
+        if stack_transition(plan, fields, block, i, lane, row, successor, first, back):
             todo[stale] = i
             stale += 1
     return stale

@@ -53,6 +53,22 @@ def copy_stack(plan: np.ndarray, field: np.ndarray, lane: int, newest: int, firs
         copy_row(destination + i * nbytes, destination + (frames - count) * nbytes, nbytes)
 
 
+@njit
+def stack_transition(
+    plan: np.ndarray, fields: np.ndarray, block: int, i: int, lane: int, row: int, successor: int, first: int, back: int
+) -> bool:
+    """Build the stacks of sample ``i``, of a step and its successor, of frames from ``first`` on.
+
+    Tells whether what it read was overwritten meanwhile.
+    """
+    for f in range(fields.shape[0]):
+        newest = successor if fields[f, ROLE] == ROLE_SUCCESSOR else row
+        destination = block + fields[f, OTHER] + i * fields[f, FRAMES] * fields[f, NBYTES]
+        copy_stack(plan, fields[f], lane, newest, first, destination)
+    fence()
+    return is_torn(plan, lane, max(first, row - back))
+
+
 @kernel("int64(int64[::1], int64[::1], int64[:, ::1], int64, int64[::1], int64[::1], int64[::1], int64)")
 def gather_stacks(
     plan: np.ndarray,
@@ -83,14 +99,8 @@ def gather_stacks(
     for n in range(len(todo)):
         i = todo[n]
         lane, row = ids[i] >> LANE_SHIFT, ids[i] & ROW_MASK
-        first = first_row(plan, lane, row)
         successor = last_row(plan, lane, row, limits[i], n_step)
-        for f in range(fields.shape[0]):
-            newest = successor if fields[f, ROLE] == ROLE_SUCCESSOR else row
-            destination = block + fields[f, OTHER] + i * fields[f, FRAMES] * fields[f, NBYTES]
-            copy_stack(plan, fields[f], lane, newest, first, destination)
-        fence()
-        if is_torn(plan, lane, max(first, row - rule[BACK])):
+        if stack_transition(plan, fields, block, i, lane, row, successor, first_row(plan, lane, row), rule[BACK]):
             todo[stale] = i
             stale += 1
     return stale
