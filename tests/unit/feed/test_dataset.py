@@ -195,7 +195,7 @@ def test_empty_buffer_in_a_worker_gives_up_with_what_it_waited_for(monkeypatch):
     loader = DataLoader(
         ReplayDataset(make_buffer(steps=0), Episode()), batch_size=4, collate_fn=pad_collate, num_workers=1
     )
-    with pytest.raises(errors.FeedTimeoutError, match=r"waited 0 s for data.*at least one episode that has ended"):
+    with pytest.raises(errors.FeedTimeoutError, match=r"waited 0.05 s for data.*at least one episode that has ended"):
         next(iter(loader))
 
 

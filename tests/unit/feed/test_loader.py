@@ -393,7 +393,7 @@ def test_timeouts_name_the_side_that_blocks_and_what_it_waits_for():
     limiter = Limiter(2.0, min_size=5, tolerance=4)
     loader = make_loader(buffer, Transition(), batch_size=2, limiter=limiter, timeout_s=0.5)
     begin = time.monotonic()
-    with pytest.raises(errors.FeedTimeoutError, match="sampling: waited 0.5 s for writers to insert 5 more steps"):
+    with pytest.raises(errors.FeedTimeoutError, match=r"sampling: waited 0\.5 s for writers to insert 5 more steps"):
         next(iter(loader))
     assert time.monotonic() - begin < 30
     child, reply = start_writer(writer, 1000)
