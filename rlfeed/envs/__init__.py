@@ -1,7 +1,8 @@
 """Environments: made by name, and one contract for what comes out of them."""
 
-from rlfeed.envs.autoreset import Envs, Outcome, Ready, VectorEnvs
+from rlfeed.envs.autoreset import Envs, Outcome, Ready
 from rlfeed.envs.check import Finding, check_env
+from rlfeed.envs.gym_vector import VectorEnvs
 from rlfeed.envs.make import as_envs, make_envs
 from rlfeed.envs.seeds import NumberedEpisodes, episode_seed
 from rlfeed.envs.serial import SerialEnvs

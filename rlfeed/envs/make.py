@@ -8,7 +8,8 @@ from typing import Any, Literal
 import gymnasium
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from rlfeed.envs.autoreset import Envs, VectorEnvs
+from rlfeed.envs.autoreset import Envs
+from rlfeed.envs.gym_vector import VectorEnvs
 from rlfeed.envs.seeds import NumberedEpisodes
 from rlfeed.envs.serial import SerialEnvs, check_distinct
 from rlfeed.envs.source import EnvSource, Wrapper
