@@ -1,9 +1,13 @@
-"""How worker processes are started, and that Ctrl-C does not reach them while they are."""
+"""How worker processes are started and ended, and that Ctrl-C does not reach them while they are."""
 
+import fcntl
 import multiprocessing
+import multiprocessing.reduction as reduction
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
@@ -14,6 +18,7 @@ from rlfeed.errors import ConfigError
 
 _USUAL = ("gymnasium", "gymnasium.spaces")
 _PRELOADED = ("__main__", "rlfeed.feed.workers", "rlfeed.feed.preloaded")
+_LOOK_S = 0.5  # between looks at a process that nobody tells of
 
 
 def choose_context(context: Any) -> Any:
@@ -32,7 +37,7 @@ def choose_context(context: Any) -> Any:
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # a fork would not refuse, and all run twice
         raise ConfigError(
-            "make_loader: the script is imported by a process that it starts, and would run once more there; expected "
+            "rlfeed: the script is imported by a process that it starts, and would run once more there; expected "
             "`if __name__ == '__main__':` around what it does. Put it there."
         )
     if context is None:
@@ -123,3 +128,78 @@ def allow_interrupts() -> None:
     """Undo in a process what `uninterrupted` did to it when it was started."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+class Lifeline:
+    """End processes with this one, however it ends, and whatever they do then: also without the GIL.
+
+    A pipe that nobody writes into and whose writing end only this process has. Where the kernel can, it kills a
+    process that is `tied` when that end closes; elsewhere a thread looks whether this process is there.
+    """
+
+    def __init__(self) -> None:
+        self._owner = os.getpid()
+        self._reading, self._writing = os.pipe()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"owner": self._owner, "reading": reduction.DupFd(self._reading)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._owner, self._reading, self._writing = state["owner"], state["reading"].detach(), -1
+
+    def tie(self) -> None:
+        """Tie this process, which the owner has started, to the owner."""
+        if self._writing >= 0:  # it was forked, and would keep itself alive
+            os.close(self._writing)
+            self._writing = -1
+        if hasattr(fcntl, "F_SETSIG"):
+            # Whom a signal is sent to belongs to the open file, which all that got it from the owner share: open anew.
+            end = os.open(f"/proc/self/fd/{self._reading}", os.O_RDONLY | os.O_NONBLOCK)
+            fcntl.fcntl(end, fcntl.F_SETOWN, os.getpid())
+            fcntl.fcntl(end, fcntl.F_SETSIG, signal.SIGKILL)
+            fcntl.fcntl(end, fcntl.F_SETFL, fcntl.fcntl(end, fcntl.F_GETFL) | os.O_ASYNC)
+        threading.Thread(target=self._outlive, name="rlfeed-lifeline", daemon=True).start()
+
+    def _outlive(self) -> None:
+        # The end may have closed before anybody listened; and another child of the owner may hold a copy of it.
+        while is_alive(self._owner):
+            time.sleep(_LOOK_S)
+        os._exit(0)
+
+    def close(self) -> None:
+        """End the processes that are still tied."""
+        for end in (self._reading, self._writing):
+            if end >= 0:
+                os.close(end)
+        self._reading = self._writing = -1
+
+
+def is_alive(process: int) -> bool:
+    """Tell whether a process is there.
+
+    Args:
+        process: Its number.
+
+    Returns:
+        True where it is, or is a zombie.
+    """
+    try:
+        os.kill(process, 0)
+    except OSError:
+        return False
+    return True
+
+
+def how_it_ended(code: int | None) -> str:
+    """Say how a process ended.
+
+    Args:
+        code: Its exit code, negative for a signal; None where it has hung up and goes on.
+
+    Returns:
+        Such as ``was killed by SIGKILL``.
+    """
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
+        return f"was killed by {name}"
+    return f"ended with exit code {code}" if code is not None else "hung up"

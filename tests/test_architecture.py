@@ -15,7 +15,7 @@ CODE = sorted(path for folder in ("rlfeed", "agents", "scripts") for path in (RO
 LIBRARY = [path for path in CODE if path.is_relative_to(ROOT / "rlfeed")]
 PACKAGES = [path for path in LIBRARY if path.name == "__init__.py"]
 
-BASE = {"errors", "nest", "layout", "ragged", "types", "specs", "codec", "durable", "processes"}
+BASE = {"errors", "nest", "layout", "ragged", "types", "specs", "codec", "durable", "processes", "memory"}
 LAYERS = {  # who may import whom, beside itself
     "errors": set(),
     "nest": {"errors"},
@@ -24,8 +24,9 @@ LAYERS = {  # who may import whom, beside itself
     "types": {"errors", "nest", "layout", "ragged"},
     "specs": {"errors", "nest", "types"},
     "codec": {"errors", "nest", "types", "specs"},
-    "durable": BASE - {"durable", "processes"},
+    "durable": BASE - {"durable", "processes", "memory"},
     "processes": {"errors"},
+    "memory": {"errors"},
     "envs": BASE,
     "rollout": BASE | {"envs"},
     "replay": BASE,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlfeed.errors import CapacityError
 from rlfeed.feed.page_lock import Register, Release, locked_limit, page_lock
-from rlfeed.replay.memory import readable_bytes
+from rlfeed.memory import readable_bytes
 
 
 class Engine(Protocol):

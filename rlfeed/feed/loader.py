@@ -18,10 +18,10 @@ from rlfeed.feed.gatherers import Source, Transform
 from rlfeed.feed.making import Making, Register
 from rlfeed.feed.mix import Mix
 from rlfeed.feed.workers import OnDeath
+from rlfeed.memory import readable_bytes
 from rlfeed.processes import context_of
 from rlfeed.replay.buffer import ReplayBuffer
 from rlfeed.replay.limiter import Limiter
-from rlfeed.replay.memory import readable_bytes
 from rlfeed.replay.samplers import sequence_priorities, stream_key
 from rlfeed.replay.table import DrawTable
 from rlfeed.replay.units import Unit

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from rlfeed.replay.memory import readable_bytes
+from rlfeed.memory import readable_bytes
 
 Release = Callable[[], None]
 Register = Callable[[int, int], Release | None]  # address and bytes -> what lets go, or None

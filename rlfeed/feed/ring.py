@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from rlfeed.errors import CapacityError
+from rlfeed.memory import Memory, available_bytes, readable_bytes
 from rlfeed.processes import processors
 from rlfeed.replay import kernels as k
-from rlfeed.replay.memory import Memory, available_bytes, readable_bytes
 
 _LINE = 16  # words of a line: 128 bytes, so that two writers never share a line of a cache
 # Words of the learner: batches that have been drawn and have a slot, whether to stop, whether it sleeps.

@@ -5,7 +5,7 @@ import mmap
 import numpy as np
 from torch.utils.data import get_worker_info
 
-from rlfeed.replay.memory import Memory
+from rlfeed.memory import Memory
 
 _OPEN = 64  # turns that may be waiting for workers at a time
 

@@ -29,7 +29,7 @@ from rlfeed.feed.gatherers import Source
 from rlfeed.feed.inbox import Inbox
 from rlfeed.feed.ring import NOT_HERE, Ring, Slots
 from rlfeed.layout import Layout
-from rlfeed.processes import ignore_interrupts, undecided, uninterrupted
+from rlfeed.processes import how_it_ended, ignore_interrupts, is_alive, undecided, uninterrupted
 from rlfeed.replay import kernels as k
 from rlfeed.replay.readers import allocate_private
 from rlfeed.types import Batch
@@ -178,17 +178,9 @@ def _exit_after(pollfd: np.ndarray, waits: np.ndarray) -> None:
 
 
 def _outlive(learner: int) -> None:
-    while _is_alive(learner):
+    while is_alive(learner):
         time.sleep(_LOOK_S)
     os._exit(0)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except OSError:
-        return False
-    return True
 
 
 def _die_with_parent() -> None:
@@ -427,7 +419,7 @@ class Workers:
             self._start(worker)
             return
         self._failures[worker] = WorkerError(
-            f"worker {worker} {_how_it_ended(process.exitcode)} before batch {batch} ({self._source.draws_of(batch)}) "
+            f"worker {worker} {how_it_ended(process.exitcode)} before batch {batch} ({self._source.draws_of(batch)}) "
             f"was made{f', {deaths} times in a row' if deaths > 1 else ''}; expected it to live as long as the loader. "
             + _advice(process.exitcode, self.ring.act_of(worker, 0)[0])
         )
@@ -465,13 +457,6 @@ def _end(owner: int, ring: Ring, processes: list[Any], pipes: list[Connection | 
     for process in processes:
         if process is not None:
             process.join(_GRACE_S)
-
-
-def _how_it_ended(code: int | None) -> str:
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
-        return f"was killed by {name}"
-    return f"ended with exit code {code}" if code is not None else "hung up"
 
 
 def _advice(code: int | None, act: str) -> str:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from rlfeed.errors import CheckpointError, ConfigError, RlfeedError, UnsupportedError
+from rlfeed.memory import Kind
 from rlfeed.nest import Nest
 from rlfeed.replay import checkpoint
 from rlfeed.replay import kernels as k
 from rlfeed.replay.draws import Draws, beta_of, prioritized_in
 from rlfeed.replay.limiter import Gate
-from rlfeed.replay.memory import Kind
 from rlfeed.replay.priorities import Priorities
 from rlfeed.replay.samplers import (
     Mixture,

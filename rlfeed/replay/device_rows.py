@@ -18,9 +18,9 @@ from torch import Tensor
 
 from rlfeed.errors import CapacityError, UnsupportedError
 from rlfeed.layout import Layout, Slot
+from rlfeed.memory import readable_bytes
 from rlfeed.nest import Path
 from rlfeed.replay import device_engine
-from rlfeed.replay.memory import readable_bytes
 from rlfeed.specs import ArraySpec
 from rlfeed.types import Batch
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from rlfeed.errors import FieldError
+from rlfeed.memory import Memory
 from rlfeed.replay import kernels as k
-from rlfeed.replay.memory import Memory
 from rlfeed.replay.storage import Storage
 from rlfeed.replay.units import Transition, rule_of
 

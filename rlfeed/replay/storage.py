@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from rlfeed.errors import ConfigError
+from rlfeed.memory import Kind, Memory, check_fits
 from rlfeed.nest import Nest, leaves
 from rlfeed.nest import Path as LeafPath
 from rlfeed.replay import kernels as k
 from rlfeed.replay.device_rows import MOST_PLACES, PLACE, DeviceRows, Leaf, lies_there
-from rlfeed.replay.memory import Kind, Memory, check_fits
 from rlfeed.replay.stacks import FrameStack, frames_of
 from rlfeed.specs import ArraySpec
 

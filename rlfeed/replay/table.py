@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from rlfeed.errors import CapacityError, CheckpointError, NotEnoughDataError
+from rlfeed.memory import Memory, available_bytes, readable_bytes
 from rlfeed.replay.draws import Draws
-from rlfeed.replay.memory import Memory, available_bytes, readable_bytes
 
 Fill = Callable[[Draws], None]
 KEPT = 32  # entries beside those drawn ahead: the one being made, and those that a `DeviceFeed` has taken ahead

@@ -91,7 +91,7 @@ def test_overlay_takes_no_memory_before_the_first_update():
 
 def test_update_without_room_is_refused_with_the_numbers(monkeypatch):
     buffer, ids = filled(2, 6)
-    monkeypatch.setattr("rlfeed.replay.memory.available_bytes", lambda path: 100)
+    monkeypatch.setattr("rlfeed.memory.available_bytes", lambda path: 100)
     with pytest.raises(CapacityError, match=r"carries that are written back need 4.1 KB, but 100 bytes are free"):
         buffer.update(ids[[2]], carry=np.array([[1.0]], np.float32))
     monkeypatch.undo()

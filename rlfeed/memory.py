@@ -136,7 +136,7 @@ def _open_file(kind: Kind, path: Path | None, replace: bool) -> int:
             os.close(fd)
             raise ConfigError(f"ReplayBuffer: {path} is in use by another buffer; expected one of its own.") from None
     elif hasattr(os, "memfd_create"):  # not limited by the size of /dev/shm, and leaves no name behind
-        fd = os.memfd_create("rlfeed-replay", os.MFD_CLOEXEC)
+        fd = os.memfd_create("rlfeed", os.MFD_CLOEXEC)
     else:
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
