@@ -15,7 +15,7 @@ CODE = sorted(path for folder in ("rlfeed", "agents", "scripts") for path in (RO
 LIBRARY = [path for path in CODE if path.is_relative_to(ROOT / "rlfeed")]
 PACKAGES = [path for path in LIBRARY if path.name == "__init__.py"]
 
-BASE = {"errors", "nest", "layout", "ragged", "types", "specs", "codec", "durable", "processes", "memory"}
+BASE = {"errors", "nest", "layout", "ragged", "types", "specs", "codec", "durable", "processes", "memory", "messages"}
 LAYERS = {  # who may import whom, beside itself
     "errors": set(),
     "nest": {"errors"},
@@ -24,9 +24,10 @@ LAYERS = {  # who may import whom, beside itself
     "types": {"errors", "nest", "layout", "ragged"},
     "specs": {"errors", "nest", "types"},
     "codec": {"errors", "nest", "types", "specs"},
-    "durable": BASE - {"durable", "processes", "memory"},
+    "durable": BASE - {"durable", "processes", "memory", "messages"},
     "processes": {"errors"},
     "memory": {"errors"},
+    "messages": set(),
     "envs": BASE,
     "rollout": BASE | {"envs"},
     "replay": BASE,

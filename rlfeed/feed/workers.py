@@ -26,9 +26,9 @@ from torch import Tensor
 
 from rlfeed.errors import ConfigError, FeedTimeoutError, RlfeedError, WorkerError
 from rlfeed.feed.gatherers import Source
-from rlfeed.feed.inbox import Inbox
 from rlfeed.feed.ring import NOT_HERE, Ring, Slots
 from rlfeed.layout import Layout
+from rlfeed.messages import Inbox
 from rlfeed.processes import how_it_ended, ignore_interrupts, is_alive, undecided, uninterrupted
 from rlfeed.replay import kernels as k
 from rlfeed.replay.readers import allocate_private

@@ -1,14 +1,15 @@
-"""Messages of a worker, read as they come: nobody waits for the rest of one, for its sender may have been stopped."""
+"""Messages through a pipe for processes that wait for nobody: the other side may be busy, stopped or killed."""
 
 import os
 import struct
+from contextlib import suppress
 from multiprocessing.connection import Connection
 
 _MOST = 1 << 18  # bytes at a time: what a socket holds
 
 
 class Inbox:
-    """Read what `Connection.send_bytes` sends, without waiting.
+    """Read what `Connection.send_bytes` or an `Outbox` sends, without waiting.
 
     Args:
         pipe: The end to read from; what is sent through it no longer waits either.
@@ -54,3 +55,39 @@ class Inbox:
                 return None
             (length,) = struct.unpack_from("!Q", self._bytes, 4)
         return (begin, begin + length) if known >= begin + length else None
+
+
+class Outbox:
+    """Send messages without waiting: what the pipe does not take now is kept for the next time.
+
+    Args:
+        pipe: The end to write to; what is read from it no longer waits either.
+    """
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe, self._bytes = pipe, bytearray()
+        os.set_blocking(pipe.fileno(), False)
+
+    def send(self, message: bytes) -> None:
+        """Send a message after those before it, as much as the pipe takes.
+
+        Args:
+            message: What an `Inbox` will read.
+        """
+        self._bytes += struct.pack("!iQ", -1, len(message))
+        self._bytes += message
+        self.flush()
+
+    def flush(self) -> bool:
+        """Send on.
+
+        Returns:
+            True where everything has been sent.
+
+        Raises:
+            OSError: If nobody has the other end any more.
+        """
+        with suppress(BlockingIOError):
+            while self._bytes:
+                del self._bytes[: os.write(self._pipe.fileno(), self._bytes[:_MOST])]
+        return not self._bytes
