@@ -59,34 +59,79 @@ def from_space(space: Any, where: str = "space") -> Nest:
         A nest of `ArraySpec`: dict for Dict, tuple for Tuple.
 
     Raises:
-        SpaceError: If a part cannot be stored as an array of one shape; the message names the part.
+        SpaceError: If a part cannot be stored as an array of one shape; the message names every such part.
     """
-    return _from_space(space, where, ())
+    wrong: list[str] = []
+    spec = _from_space(space, where, (), wrong)
+    _raise(wrong)
+    return spec
 
 
-def _from_space(space: Any, where: str, path: tuple[str | int, ...]) -> Nest:
+def check_spaces(observation_space: Any, action_space: Any) -> None:
+    """Refuse an environment whose spaces have a part that cannot be stored, with all such parts at once.
+
+    Args:
+        observation_space: Of one environment.
+        action_space: Of one environment.
+
+    Raises:
+        SpaceError: If a part has no array of one shape; the message names each.
+    """
+    wrong: list[str] = []
+    _from_space(observation_space, "observation_space", (), wrong)
+    _from_space(action_space, "action_space", (), wrong)
+    _raise(wrong)
+
+
+def _raise(wrong: list[str]) -> None:
+    if wrong:
+        raise SpaceError(" ".join(wrong))
+
+
+def _from_space(space: Any, where: str, path: tuple[str | int, ...], wrong: list[str]) -> Nest:
+    """Turn a space into specs; what cannot be stored is a line of ``wrong``."""
     if isinstance(space, ArraySpec):
         return space
     kind = type(space).__name__
     if isinstance(space, Mapping) or kind == "Dict":
         parts = space if isinstance(space, Mapping) else space.spaces
         if not parts:
-            raise SpaceError(f"{describe(where, path)}: is an empty Dict; expected at least one entry.")
-        for key in parts:
-            if not isinstance(key, str):
-                raise SpaceError(f"{describe(where, path)}: has the key {key!r}; expected keys that are strings.")
-        return {key: _from_space(part, where, (*path, key)) for key, part in parts.items()}
+            wrong.append(f"{describe(where, path)}: is an empty Dict; expected at least one entry.")
+        strange = [key for key in parts if not isinstance(key, str)]
+        wrong += [f"{describe(where, path)}: has the key {key!r}; expected keys that are strings." for key in strange]
+        return {key: _from_space(part, where, (*path, str(key)), wrong) for key, part in parts.items()}
     if isinstance(space, tuple) or kind == "Tuple":
         parts = space if isinstance(space, tuple) else space.spaces
-        return tuple(_from_space(part, where, (*path, index)) for index, part in enumerate(parts))
+        return tuple(_from_space(part, where, (*path, index), wrong) for index, part in enumerate(parts))
     from gymnasium import spaces
 
     if isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
         return ArraySpec(tuple(int(n) for n in space.shape or ()), np.dtype(space.dtype))
-    raise SpaceError(
+    wrong.append(
         f"{describe(where, path)}: is {space!r}; expected Box, Discrete, MultiDiscrete, MultiBinary, or Dict and "
         f"Tuple of these. {kind} has no array of one shape: encode it in a wrapper."
     )
+    return ()
+
+
+def mask_sizes(action_space: Any) -> np.ndarray | None:
+    """Say how an action mask is made up: one entry for each value of each component, one component after the other.
+
+    Args:
+        action_space: Of one environment.
+
+    Returns:
+        ``[components]`` int64, the values of each: ``[n]`` for Discrete(n), the numbers of ``nvec`` for MultiDiscrete,
+        a 2 for each entry of MultiBinary (0 and 1); a mask has their sum of entries. None for other spaces.
+    """
+    kind = type(action_space).__name__
+    if kind == "Discrete":
+        return np.array([action_space.n], np.int64)
+    if kind == "MultiDiscrete":
+        return np.asarray(action_space.nvec, np.int64).ravel()
+    if kind == "MultiBinary":
+        return np.full(math.prod(action_space.shape), 2, np.int64)
+    return None
 
 
 def to_space(spec: Nest) -> Any:

@@ -35,6 +35,7 @@ class Step:
             episode is cut. None means nowhere.
         carry: The policy's recurrent state *before* ``observation``, ``[k, ...]`` per leaf; ``()`` when stateless.
         extras: What else the policy gave (log_prob, value, ...), ``[k, ...]`` per leaf, by name.
+        env_action: What the environments got for ``action``, where the rollout clips or rescales; None: the same.
     """
 
     observation: Nest
@@ -48,6 +49,7 @@ class Step:
     lost: np.ndarray | None = field(default=None, kw_only=True)
     carry: Nest = field(default=(), kw_only=True)
     extras: dict[str, Nest] = field(default_factory=dict, kw_only=True)
+    env_action: Nest | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         """Count the rows.

@@ -53,7 +53,8 @@ class ReplayBuffer:
         num_envs: Lanes.
         sampler: Which steps are drawn.
         extras: Spaces of what the policy stores beside, by name; ``"carry"`` is the recurrent state before each
-            observation; ``"priority"`` is reserved.
+            observation; ``"priority"`` is reserved; ``"env_action"`` is what the environments got for the action, where
+            the rollout clips or rescales (not stored unless declared).
         frame_stack: Frames that the policy sees at once, or their numbers by entry of a Dict observation. The space
             and `add` are about single frames; batches have an axis of frames after the batch axes, oldest first, and
             before an episode's first frame that frame again, as Gymnasium's ``FrameStackObservation`` with

@@ -1,6 +1,7 @@
 """From a `Step` to rows: one kernel call checks every array and writes all lanes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -42,6 +43,7 @@ class Writer:
         self._where = "Writer" if owner else "ReplayBuffer"
         self._inputs = _Inputs(storage)
         self._program = _program(storage, self._inputs, self._lanes, owner)
+        self._keeps_env_action = "env_action" in storage.fields["extras"]
         self._gate = Gate(storage)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -64,6 +66,8 @@ class Writer:
             LaneError: If a row does not continue its lane, or the lane is not this writer's.
             FeedTimeoutError: If a limiter holds writers back and the learner does not come.
         """
+        if self._keeps_env_action:
+            step = _with_env_action(step)
         if self._gate.active[0]:
             self._gate.wait_to_insert()
         try:
@@ -210,6 +214,8 @@ class DeviceWriter(Writer):
         """Store one step; see `Writer.add`."""
         device = self._device
         device.check_process()
+        if self._keeps_env_action:
+            step = _with_env_action(step)
         if self._gate.active[0]:  # before the lock: the learner, who opens it, needs the lock too
             self._gate.wait_to_insert()
         with device.lock:
@@ -410,6 +416,12 @@ def _program(storage: Storage, inputs: _Inputs, lanes: np.ndarray, owner: int) -
         tables.append(np.array(spec.shape, np.int64))
         at += len(spec.shape)
     return np.concatenate(tables)
+
+
+def _with_env_action(step: Step) -> Step:
+    """Put what the environments got where the other declared columns are; a rollout that is strict gives none."""
+    env_action = getattr(step, "env_action", None)
+    return step if env_action is None else replace(step, extras={**step.extras, "env_action": env_action})
 
 
 def _leaf(value: Any, path: Path) -> Any:

@@ -11,7 +11,7 @@ from rlfeed.envs.autoreset import Envs, Ready
 from rlfeed.envs.make import as_envs
 from rlfeed.errors import CheckpointError, ConfigError, UnsupportedError, suggest
 from rlfeed.nest import Nest, leaves
-from rlfeed.rollout.actions import Actions
+from rlfeed.rollout.actions import Actions, Handling
 from rlfeed.rollout.policy import FunctionPolicy, adapt, check_output
 from rlfeed.rollout.rows import copy, put, reset_rows, take
 from rlfeed.rollout.statistics import EpisodeStatistics
@@ -52,6 +52,9 @@ class Rollout:
         seed: At least 0.
         mode: ``"explore"``, ``"greedy"``, or ``"random"``: actions are drawn uniformly (a `Policy` is called all the
             same, for its carry and extras); may be assigned at any time.
+        actions: ``"strict"``: the policy acts inside the action space. ``"clip"``: in Boxes it may act outside, the
+            environment gets the nearest action inside; ``"rescale"``: there it acts in -1 .. 1, which is mapped onto
+            low .. high. A step's ``action`` is the policy's, its ``env_action`` the environment's.
 
     Raises:
         ConfigError: If an argument is wrong.
@@ -59,7 +62,13 @@ class Rollout:
     """
 
     def __init__(
-        self, envs: Envs | gymnasium.Env | VectorEnv, policy: Any, *, seed: int = 0, mode: Mode = "explore"
+        self,
+        envs: Envs | gymnasium.Env | VectorEnv,
+        policy: Any,
+        *,
+        seed: int = 0,
+        mode: Mode = "explore",
+        actions: Handling = "strict",
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ConfigError(f"Rollout: seed is {seed!r}; expected an integer of at least 0.")
@@ -70,7 +79,7 @@ class Rollout:
         self.env_steps = 0
         self.num_envs = self.envs.num_envs
         self.statistics = EpisodeStatistics(self.num_envs)
-        self._actions = Actions(self.envs.action_space)
+        self._actions = Actions(self.envs.action_space, actions)
         self._generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(STREAM,))))
         self._initial: Nest = self.policy.initial_carry(1)
         self._recurrent = any(True for _ in leaves(self._initial))
@@ -111,18 +120,17 @@ class Rollout:
             carry = reset_rows(carry, is_first, self._initial)
             prev_action = reset_rows(prev_action, is_first, self._actions.zeros(1))
             prev_reward = np.where(is_first, np.float32(0), prev_reward)
-        mask = ready.action_mask
-        if mask is None and isinstance(ready.observation, dict) and "action_mask" in ready.observation:
-            mask = ready.observation["action_mask"].astype(bool)
+        mask = self._actions.mask(ready.action_mask, ready.observation)
         context = self._context = PolicyContext(
             is_first, self._mode, ids, self.env_steps, prev_action, prev_reward, mask, self._generator
         )
         # The step keeps a copy of the carry: policies may update theirs in place.
         kept = copy(carry) if self._recurrent else ()
         out = self._decide(ready.observation, carry, context)
-        action = self._actions.fit(out.action, ids)
+        action = self._actions.fit(out.action, ids, mask)
+        env_action = self._actions.executed(action)
         self._ready = None  # an environment that raises is begun anew, at the next episode
-        outcome = self.envs.step(action)
+        outcome = self.envs.step(action if env_action is None else env_action)
         reward = outcome.reward.astype(np.float32)
         step = Step(
             ready.observation,
@@ -136,6 +144,7 @@ class Rollout:
             lost=outcome.lost,
             carry=kept,
             extras=out.extras,
+            env_action=env_action,
         )
         ended = outcome.terminated | outcome.truncated
         if outcome.lost is not None:

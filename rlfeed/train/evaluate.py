@@ -12,6 +12,7 @@ from numpy import ndarray
 from rlfeed.envs import Envs
 from rlfeed.errors import ConfigError
 from rlfeed.rollout import EpisodeRecord, Rollout
+from rlfeed.rollout.actions import Handling
 from rlfeed.rollout.views import positive, quotas
 from rlfeed.types import Mode
 
@@ -42,6 +43,7 @@ def evaluate(
     episodes: int = 20,
     seed: int = 0,
     mode: Mode = "greedy",
+    actions: Handling = "strict",
 ) -> Evaluation:
     """Play whole episodes and report their returns.
 
@@ -54,6 +56,7 @@ def evaluate(
         episodes: How many, over all environments, at least 1.
         seed: At least 0.
         mode: How the policy acts.
+        actions: What becomes of its actions; see `Rollout`.
 
     Returns:
         Returns and lengths of all episodes.
@@ -64,7 +67,7 @@ def evaluate(
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ConfigError(f"evaluate: seed is {seed!r}; expected an integer of at least 0.")
     own_seed = int(np.random.SeedSequence(seed, spawn_key=(STREAM,)).generate_state(1, np.uint64)[0])
-    rollout = Rollout(envs, policy, seed=own_seed, mode=mode)
+    rollout = Rollout(envs, policy, seed=own_seed, mode=mode, actions=actions)
     quota = quotas(positive("evaluate: episodes", episodes), rollout.num_envs, per_env=False)
     played: list[list[EpisodeRecord]] = [[] for _ in quota]
     for _ in rollout:

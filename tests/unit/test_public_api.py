@@ -13,12 +13,12 @@ from rlfeed.rollout import Rollout
 SIGNATURES = {
     "make_envs": "(id_or_callable, num_envs=1, *, kwargs=None, wrappers=(), mode='auto', autoreset='same_step')",
     "Step": "(observation, action, reward, next_observation, terminated, truncated, *, is_first, env_ids=None, "
-    "lost=None, carry=(), extras=<factory>)",
+    "lost=None, carry=(), extras=<factory>, env_action=None)",
     "PolicyContext": "(is_first, mode, env_ids, env_steps, prev_action, prev_reward, action_mask, generator)",
     "PolicyOutput": "(action, carry=(), extras=<factory>)",
     "Feedback": "(cell, x0, carry=(), *, feed=None, stop=None, max_steps=None, check='raise', grad=False)",
-    "Rollout": "(envs, policy, *, seed=0, mode='explore')",
-    "evaluate": "(envs, policy, *, episodes=20, seed=0, mode='greedy')",
+    "Rollout": "(envs, policy, *, seed=0, mode='explore', actions='strict')",
+    "evaluate": "(envs, policy, *, episodes=20, seed=0, mode='greedy', actions='strict')",
     "Evaluation": "(returns, lengths, mean, std)",
     "ReplayBuffer": "(observation_space, action_space, *, capacity, num_envs=1, sampler=Uniform(), extras={}, "
     "frame_stack=1, carry_every=1, storage='shared', path=None, seed=0)",

@@ -77,7 +77,7 @@ def test_actions_mask_that_does_not_fit_is_refused():
     with pytest.raises(EnvContractError, match="at least one"):
         Actions(spaces.Discrete(3)).draw(1, np.random.default_rng(0), np.zeros((1, 3), bool))
     with pytest.raises(UnsupportedError, match="Discrete"):
-        Actions(spaces.MultiBinary(3)).draw(1, np.random.default_rng(0), np.ones((1, 3), bool))
+        Actions(spaces.Box(0, 1, (3,))).draw(1, np.random.default_rng(0), np.ones((1, 3), bool))
 
 
 def test_actions_space_of_another_kind_is_refused():

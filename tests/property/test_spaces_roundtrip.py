@@ -1,0 +1,100 @@
+"""Random spaces, as actions and observations: what was chosen is what arrives, is stored and is drawn again."""
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlfeed.envs import make_envs
+from rlfeed.nest import leaves, map_nest
+from rlfeed.replay import ReplayBuffer, Transition
+from rlfeed.rollout import Rollout
+
+starts = st.integers(-3, 3)
+counts = st.integers(1, 4)
+shapes = st.lists(st.integers(1, 3), min_size=1, max_size=3)
+
+
+@st.composite
+def boxes(draw):
+    shape = tuple(draw(shapes))
+    dtype = draw(st.sampled_from([np.float16, np.float32, np.float64, np.uint8, np.int64]))
+    low = draw(st.integers(0, 5))
+    if np.dtype(dtype).kind == "f" and draw(st.booleans()):
+        return Box(-np.inf, draw(st.sampled_from([low, np.inf])), shape, dtype)
+    return Box(low, low + draw(st.integers(0, 9)), shape, dtype)
+
+
+@st.composite
+def multi_discretes(draw):
+    nvec = np.full(draw(shapes), draw(counts))
+    nvec.flat[0] = draw(counts)
+    return MultiDiscrete(nvec, start=np.full(nvec.shape, draw(starts)))
+
+
+plain = st.one_of(
+    boxes(),
+    st.builds(Discrete, counts, start=starts),
+    multi_discretes(),
+    st.builds(MultiBinary, st.one_of(counts, shapes.map(tuple))),
+)
+nested = st.recursive(
+    plain,
+    lambda parts: st.one_of(
+        st.lists(parts, min_size=1, max_size=3).map(spaces.Tuple),
+        st.dictionaries(st.sampled_from("zab"), parts, min_size=1, max_size=3).map(spaces.Dict),
+    ),
+    max_leaves=5,
+)
+
+
+class Echoes(gymnasium.Env):
+    """Shows the action it got, after it has compared it with what its space samples: kind and dtype in every part."""
+
+    def __init__(self, space):
+        self.action_space = self.observation_space = space
+        self.steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.action_space.seed(seed)
+        self.steps = 0
+        return self.action_space.sample(), {}
+
+    def step(self, action):
+        if not self.action_space.contains(action):
+            raise ValueError(action)
+        for (path, sampled), (place, part) in zip(leaves(self.action_space.sample()), leaves(action), strict=True):
+            if (path, type(sampled), sampled.dtype) != (place, type(part), part.dtype):
+                raise TypeError(f"{place}: {part!r}, where the space samples {sampled!r}")
+        self.steps += 1
+        return action, 0.0, False, self.steps == 3, {}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    space=nested,
+    layout=st.sampled_from([{}, *({"mode": "sync", "autoreset": a} for a in ("same_step", "next_step", "disabled"))]),
+)
+def test_spaces_any_action_arrives_and_is_drawn_again_as_it_was_chosen(space, layout):
+    """rollout 3A.21."""
+    rollout = Rollout(make_envs(Echoes, 2, kwargs={"space": space}, **layout), lambda o: 1 / 0, mode="random")
+    buffer = ReplayBuffer(space, space, capacity=32, num_envs=2, storage="private")
+    chosen = {}
+    for _ in range(5):
+        step = next(rollout)
+        same(step.next_observation, step.action)
+        for row, identity in enumerate(buffer.add(step).tolist()):
+            chosen[identity] = map_nest(lambda leaf, row=row: leaf[row], step.action)
+    batch = buffer.sample(16, Transition())
+    for row, identity in enumerate(batch.ids.tolist()):
+        for nest in (batch.action, batch.next_observation):
+            same(map_nest(lambda leaf, row=row: leaf[row].numpy(), nest), chosen[identity])
+
+
+def same(nest, other):
+    assert [path for path, _ in leaves(nest)] == [path for path, _ in leaves(other)]
+    for (path, a), (_, b) in zip(leaves(nest), leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=str(path), strict=True)
