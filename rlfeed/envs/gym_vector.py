@@ -1,50 +1,61 @@
 """Gymnasium's vector environments, in any autoreset mode, behind the one contract."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
-from jaxtyping import Bool
+from jaxtyping import Bool, Float64
 from numpy import ndarray
 
 from rlfeed.envs.autoreset import Outcome, Ready
 from rlfeed.envs.boundary import REWARD_LIMIT, ObservationCheck, stack_masks
-from rlfeed.envs.seeds import EPISODES_OPTION, episode_seed
-from rlfeed.errors import ConfigError, EnvContractError
-from rlfeed.nest import Nest, leaves, map_nest
+from rlfeed.envs.gym_async import AsyncWatch
+from rlfeed.envs.seeds import EPISODES_OPTION, episode_seed, failed
+from rlfeed.envs.serial import check_distinct
+from rlfeed.errors import ConfigError, EnvContractError, RlfeedError, UnsupportedError
+from rlfeed.nest import Nest, describe, leaves, map_nest
 
 
 class VectorEnvs:
     """Speak the contract for a ``gymnasium.vector.VectorEnv`` in any of its three autoreset modes.
 
     NEXT_STEP environments skip the rows that ended for one call, in which Gymnasium resets them: those rows are not
-    ready then, and take no step. Only the first reset can be seeded where the environment resets itself; `make_envs`
-    wraps its environments so that every episode is.
+    ready then, and take no step. Every episode begins with its own seed in mode DISABLED; where the environment resets
+    itself only the first reset can be seeded, so that rollouts of one seed are alike all the same. `make_envs` wraps
+    its environments so that every episode is seeded in every mode.
 
     Args:
-        envs: The vector environment; ``metadata["autoreset_mode"]`` says its mode.
+        envs: The vector environment, also in vector wrappers; ``metadata["autoreset_mode"]`` says its mode.
         name: What to call it in errors.
         numbered: Whether every sub-environment is wrapped in `NumberedEpisodes`.
+        step_timeout_s: How long the processes of an `AsyncVectorEnv` may take for a step or a reset, in seconds.
 
     Raises:
-        ConfigError: If the environment does not say its autoreset mode.
+        ConfigError: If the environment does not say its autoreset mode, or has one environment twice.
         SpaceError: If its observation space cannot be stored.
+        UnsupportedError: If it gives batches of some of its environments (``batch_size``).
     """
 
-    def __init__(self, envs: VectorEnv, name: str | None = None, *, numbered: bool = False) -> None:
-        self.name = name or (envs.spec.id if envs.spec is not None else type(envs.unwrapped).__name__)
-        try:
-            self._mode = AutoresetMode((envs.metadata or {}).get("autoreset_mode"))
-        except ValueError:
-            raise ConfigError(
-                f"{self.name}: metadata has no autoreset_mode; expected one of {[m.name for m in AutoresetMode]}, "
-                "since it decides where final observations are. Set metadata['autoreset_mode'] in its class."
-            ) from None
+    def __init__(
+        self, envs: VectorEnv, name: str | None = None, *, numbered: bool = False, step_timeout_s: float = 60.0
+    ) -> None:
+        base: Any = envs.unwrapped
+        self.name: str = name or getattr(envs.spec, "id", None) or type(base).__name__
+        self._mode = _autoreset_mode(envs, self.name)
         self.num_envs: int = envs.num_envs
+        if isinstance(base, SyncVectorEnv):
+            check_distinct(self.name, base.envs)
+        batch_size = getattr(base, "batch_size", None) or getattr(base, "config", {}).get("batch_size")
+        if batch_size not in (None, 0, self.num_envs):
+            raise UnsupportedError(
+                f"{self.name}: gives batches of {batch_size} of its {self.num_envs} environments; expected all of them "
+                "in each step. Leave out batch_size."
+            )
         self.observation_space: Any = envs.single_observation_space
         self.action_space: Any = envs.single_action_space
-        self._envs, self._numbered = envs, numbered
+        self._envs, self._base, self._numbered = envs, base, numbered
+        self._watch = AsyncWatch(base, self.name, step_timeout_s) if isinstance(base, AsyncVectorEnv) else None
         self._check = ObservationCheck(self.observation_space)
         self._all = np.arange(self.num_envs, dtype=np.int64)
         self._all.flags.writeable = False
@@ -54,6 +65,8 @@ class VectorEnvs:
         self._fresh = type(envs) in (SyncVectorEnv, AsyncVectorEnv) and bool(getattr(envs, "copy", False))
         self._last_action: Nest = None
         self._masked = False
+        self._seed = 0
+        self._episodes = np.zeros(self.num_envs, np.int64)
 
     def reset(self, seed: int, first_episodes: Sequence[int]) -> Ready:
         """Begin an episode in every environment.
@@ -65,17 +78,16 @@ class VectorEnvs:
         Returns:
             The first observations, of all environments.
         """
+        self._seed, self._episodes = seed, np.array(first_episodes, np.int64)
         if self._numbered:
-            options = {EPISODES_OPTION: (seed, [int(n) for n in first_episodes])}
-            observation, infos = self._envs.reset(options=options)
+            options = {EPISODES_OPTION: (seed, self._episodes.tolist())}
+            observation, infos = self._call("reset()", self._envs.reset, options=options)
         else:
-            seeds: Any = [episode_seed(seed, env_id, int(n)) for env_id, n in enumerate(first_episodes)]
-            if not isinstance(self._envs.unwrapped, SyncVectorEnv | AsyncVectorEnv):
-                seeds = seeds[0]  # environments that are vectors by themselves take one seed for all
-            observation, infos = self._envs.reset(seed=seeds)
-        self._ids = self._all
-        self._resetting = np.zeros(self.num_envs, bool)
-        self._masked = "action_mask" in infos
+            observation, infos = self._call("reset()", self._envs.reset, seed=self._seeds(self._all))
+        # Gymnasium's workers without shared memory forget at a reset that they were to reset at their next step.
+        resets_twice = isinstance(self._base, AsyncVectorEnv) and not self._base.shared_memory
+        self._resetting &= resets_twice and self._mode is AutoresetMode.NEXT_STEP
+        self._masked = "action_mask" in self._infos(infos)
         return self._ready(self._own(observation), infos)
 
     def step(self, action: Nest) -> Outcome:
@@ -88,8 +100,8 @@ class VectorEnvs:
             What became of it, and what to act on next.
         """
         acted = self._ids
-        observation, reward, terminated, truncated, infos = self._envs.step(self._spread(action))
-        observation = self._own(observation)
+        observation, reward, terminated, truncated, infos = self._step(self._spread(action))
+        reward = self._rewards(reward, acted)
         terminated, truncated = self._flags("terminated", terminated), self._flags("truncated", truncated)
         ended = terminated | truncated
         successor = observation
@@ -98,17 +110,9 @@ class VectorEnvs:
             if self._mode is AutoresetMode.SAME_STEP:
                 successor = self._with_finals(observation, infos, ended)
             elif self._mode is AutoresetMode.DISABLED:
-                observation, first_infos = self._envs.reset(options={"reset_mask": ended})
-                observation = self._own(observation)
-                if self._masked:
-                    masks = (infos["action_mask"], first_infos["action_mask"])
-                    infos = {"action_mask": np.where(ended[:, None], masks[1], masks[0])}
+                observation, infos = self._with_firsts(observation, infos, ended)
             else:
                 self._resetting = ended
-        reward = np.array(reward, np.float64)
-        if not np.abs(reward[acted]).max() <= REWARD_LIMIT:
-            row = int(np.argmin(np.abs(reward) <= REWARD_LIMIT))
-            raise EnvContractError(f"{self._where(row)}: reward is {reward[row]}; expected a finite scalar.")
         fields = (successor, reward, terminated, truncated)
         if len(acted) < self.num_envs:
             fields = map_nest(lambda leaf: leaf[acted], fields)
@@ -116,22 +120,42 @@ class VectorEnvs:
 
     def close(self) -> None:
         """Close the vector environment."""
+        if self._watch is not None:
+            self._watch.stop()
         self._envs.close()
+
+    def _call(self, call: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            if self._watch is not None:
+                raise self._watch.explain(call, error) from error
+            if isinstance(error, RlfeedError):
+                raise
+            raise failed(self.name, call, error) from error
+
+    def _step(self, action: Nest) -> tuple[Nest, Any, Any, Any, dict[str, Any]]:
+        result = self._call("step()", self._envs.step, action)
+        if not isinstance(result, tuple) or len(result) != 5:
+            got = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__}"
+            raise EnvContractError(
+                f"{self.name}: step() returned {got}; expected the five values (observations, rewards, terminated, "
+                "truncated, infos). Return all five."
+            )
+        return self._own(result[0]), *result[1:4], self._infos(result[4])
 
     def _ready(self, observation: Nest, infos: dict[str, Any]) -> Ready:
         if self._resetting.all():  # nobody can act: let Gymnasium reset them all now
-            observation, _, _, _, infos = self._envs.step(self._last_action)
-            observation = self._own(observation)
+            observation, _, _, _, infos = self._step(self._last_action)
             self._resetting = np.zeros(self.num_envs, bool)
-        mask = None
+        self._ids = self._all if not self._resetting.any() else np.flatnonzero(~self._resetting)
+        ids, mask = self._ids, None
         if self._masked:
             given = infos.get("action_mask", [None] * self.num_envs)
-            mask = stack_masks(list(given), self.action_space, self._where)
-        if not self._resetting.any():
-            self._ids = self._all
-            return Ready(self._all, observation, mask)
-        self._ids = ids = np.flatnonzero(~self._resetting)
-        return Ready(ids, map_nest(lambda leaf: leaf[ids], observation), None if mask is None else mask[ids])
+            mask = stack_masks([given[row] for row in ids], self.action_space, lambda i: self._where(ids[i]))
+        if len(ids) < self.num_envs:
+            observation = map_nest(lambda leaf: leaf[ids], observation)
+        return Ready(ids, observation, mask)
 
     def _spread(self, action: Nest) -> Nest:
         if len(self._ids) < self.num_envs:
@@ -142,6 +166,18 @@ class VectorEnvs:
         self._last_action = action
         return action
 
+    def _seeds(self, rows: ndarray) -> Any:
+        seeds = [episode_seed(self._seed, int(row), int(self._episodes[row])) for row in rows]
+        if isinstance(self._base, SyncVectorEnv | AsyncVectorEnv):
+            every: list[int | None] = [None] * self.num_envs
+            for row, seed in zip(rows, seeds, strict=True):
+                every[row] = seed
+            return every
+        if hasattr(self._base, "ale"):
+            return np.array(seeds)
+        # Environments that are vectors by themselves take one seed for all, when all begin.
+        return seeds[0] if len(rows) == self.num_envs else None
+
     def _with_finals(self, observation: Nest, infos: dict[str, Any], ended: Bool[ndarray, " N"]) -> Nest:
         finals = infos.get("final_obs")
         if finals is None:
@@ -149,16 +185,48 @@ class VectorEnvs:
                 f'{self.name}: info has no "final_obs" although an episode ended; expected it in autoreset mode '
                 "SAME_STEP. Put the final observations there, or use another autoreset mode."
             )
-        rows = [int(row) for row in np.flatnonzero(ended)]
+        rows = np.flatnonzero(ended)
         if isinstance(finals, dict | tuple):  # batched as observations are
             parts = [map_nest(lambda leaf, row=row: leaf[row], finals) for row in rows]
         else:
             parts = [finals[row] for row in rows]
-        stacked = self._check.stack(parts, lambda i: self._where(rows[i]))
-        successor = map_nest(np.copy, observation)
-        for (_, target), (_, part) in zip(leaves(successor), leaves(stacked), strict=True):
+        return self._replaced(observation, rows, self._check.stack(parts, lambda i: self._where(rows[i])))
+
+    def _with_firsts(
+        self, observation: Nest, infos: dict[str, Any], ended: Bool[ndarray, " N"]
+    ) -> tuple[Nest, dict[str, Any]]:
+        rows = np.flatnonzero(ended)
+        self._episodes[rows] += 1
+        options = {"reset_mask": ended.copy()}
+        seeds = None if self._numbered else self._seeds(rows)
+        firsts, first_infos = self._call("reset()", self._envs.reset, seed=seeds, options=options)
+        firsts, first_infos = self._own(firsts), self._infos(first_infos)
+        if self._masked:
+            nothing = [None] * self.num_envs
+            told, begun = infos.get("action_mask", nothing), first_infos.get("action_mask", nothing)
+            infos = {"action_mask": [begun[row] if ended[row] else told[row] for row in range(self.num_envs)]}
+        return self._replaced(observation, rows, map_nest(lambda leaf: leaf[rows], firsts)), infos
+
+    def _replaced(self, observation: Nest, rows: ndarray, parts: Nest) -> Nest:
+        result = map_nest(np.copy, observation)
+        for (_, target), (_, part) in zip(leaves(result), leaves(parts), strict=True):
             target[rows] = part
-        return successor
+        return result
+
+    def _rewards(self, values: Any, acted: ndarray) -> Float64[ndarray, " N"]:
+        try:
+            reward = np.array(values, np.float64)
+        except (TypeError, ValueError):
+            raise EnvContractError(f"{self.name}: reward is {values!r}; expected numbers. Return floats.") from None
+        if reward.shape != (self.num_envs,):
+            raise EnvContractError(
+                f"{self.name}: reward has shape {reward.shape}; expected ({self.num_envs},). Return one for each row."
+            )
+        fine = np.abs(reward[acted]) <= REWARD_LIMIT
+        if not fine.all():
+            row = int(acted[np.argmin(fine)])
+            raise EnvContractError(f"{self._where(row)}: reward is {reward[row]}; expected a finite scalar.")
+        return reward
 
     def _flags(self, name: str, values: Any) -> Bool[ndarray, " N"]:
         flags = np.array(values)
@@ -169,9 +237,36 @@ class VectorEnvs:
             )
         return flags
 
+    def _infos(self, infos: Any) -> dict[str, Any]:
+        if not isinstance(infos, dict):
+            raise EnvContractError(
+                f"{self.name}: infos are a {type(infos).__name__}; expected a dict of arrays. Leave out wrappers such "
+                "as DictInfoToList."
+            )
+        return infos
+
     def _own(self, observation: Nest) -> Nest:
         observation = self._check.batch(observation, self._where)
+        for path, leaf in leaves(observation):
+            if len(leaf) != self.num_envs:
+                raise EnvContractError(
+                    f"{self.name}: {describe('observation', path)} has {len(leaf)} rows; expected {self.num_envs}, one "
+                    "for each environment."
+                )
         return observation if self._fresh else map_nest(np.copy, observation)
 
     def _where(self, row: int) -> str:
         return f"{self.name}: env {row} of {self.num_envs}"
+
+
+def _autoreset_mode(envs: VectorEnv, name: str) -> AutoresetMode:
+    metadata = envs.metadata
+    # Classes that write into the metadata they inherit write into everybody's: what stands there is the last one's.
+    stated = None if metadata is VectorEnv.metadata else (metadata or {}).get("autoreset_mode")
+    try:
+        return AutoresetMode(stated or getattr(envs.unwrapped, "autoreset_mode", None))
+    except ValueError:
+        raise ConfigError(
+            f"{name}: metadata of its own has no autoreset_mode; expected one of {[m.name for m in AutoresetMode]}, "
+            "since it decides where final observations are. Set metadata = {'autoreset_mode': ...} in its class."
+        ) from None

@@ -242,5 +242,5 @@ def test_vector_envs_without_autoreset_mode_are_refused():
         def __init__(self):
             self.metadata = {}
 
-    with pytest.raises(ConfigError, match="no autoreset_mode"):
+    with pytest.raises(ConfigError, match="has no autoreset_mode"):
         as_envs(Silent())
