@@ -59,26 +59,19 @@ class AsyncWatch:
                 return self._died(call)
             return failed(self._name, call, error)
         finally:
-            self.stop(0.0)
+            self.stop(by_force=True)
 
-    def stop(self, grace_s: float = _LEAVE_S) -> None:
-        """End the workers, by force where they do not leave.
+    def stop(self, *, by_force: bool = False) -> None:
+        """End the workers.
 
         Args:
-            grace_s: How long they may take to close their environments, in seconds.
+            by_force: Kill them at once; otherwise those that do not close their environments within a few seconds.
         """
         if self._envs.closed:
             return
-        if grace_s:
-            for pipe in self._open_pipes():
-                try:
-                    pipe.send(("close", None))
-                except OSError:  # it is gone already
-                    continue
-        deadline = time.monotonic() + grace_s
+        if not by_force:
+            self._ask_to_leave()
         for process in self._envs.processes:
-            if grace_s:
-                process.join(max(0.0, deadline - time.monotonic()))
             process.kill()
         for process in self._envs.processes:
             process.join(_LEAVE_S)
@@ -86,6 +79,16 @@ class AsyncWatch:
             pipe.close()
         self._envs.error_queue.close()
         self._envs.closed = True
+
+    def _ask_to_leave(self) -> None:
+        for pipe in self._open_pipes():
+            try:
+                pipe.send(("close", None))
+            except OSError:  # it is gone already
+                continue
+        deadline = time.monotonic() + _LEAVE_S
+        for process in self._envs.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
 
     def _open_pipes(self) -> list[Any]:
         return [pipe for pipe in self._envs.parent_pipes if pipe is not None and not pipe.closed]
