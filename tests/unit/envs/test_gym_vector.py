@@ -244,7 +244,7 @@ def test_vector_envs_restarted_after_an_end_take_no_step_that_is_a_reset(shared_
     rollout.close()
     rows = [(step.observation[i, :3].tolist(), step.reward[i]) for step in steps for i in range(len(step))]
     begun = 1 if shared_memory else 2
-    assert [row for row in rows if row[0][0] == 0][0] == ([0, begun, 0], np.float32(10 * begun + 0.01))
+    assert next(row for row in rows if row[0][0] == 0) == ([0, begun, 0], np.float32(10 * begun + 0.01))
     assert [row[0] for row in rows if row[0][0] == 1] == [[1, 1, 0], [1, 1, 1], [1, 1, 2]]
     assert all(reward > 0 for _, reward in rows)
 
@@ -265,13 +265,13 @@ def test_vector_envs_restarted_after_an_end_take_no_step_that_is_a_reset(shared_
 )
 def test_vector_envs_what_breaks_the_contract_is_named(change, part):
     class Changed(Vector):
-        metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
-
         def step(self, actions):
             return change(*super().step(actions))
 
+    vector = Changed()
+    vector.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
     with pytest.raises((EnvContractError, EnvFailedError), match=part):
-        next(Rollout(Changed(), lambda o: np.zeros(len(o), np.int64)))
+        next(Rollout(vector, lambda o: np.zeros(len(o), np.int64)))
 
 
 class Breaks(IdentifiableEnv):
