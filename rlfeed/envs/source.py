@@ -4,12 +4,7 @@ An `EnvSource` is what travels to worker processes, where the module or file is 
 """
 
 import dataclasses
-import hashlib
-import importlib
-import importlib.util
 import inspect
-import sys
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +13,13 @@ from typing import Any
 
 import gymnasium
 from gymnasium.envs.registration import EnvSpec, load_env_creator
+from gymnasium.vector.utils import CloudpickleWrapper
 
+from rlfeed.envs.importing import import_module, load_file, loaded_files, own_traceback
+from rlfeed.envs.packages import how_to_get
 from rlfeed.errors import ConfigError, EnvMakeError, EnvNotFoundError, suggest
 
 Wrapper = Callable[[gymnasium.Env], gymnasium.Env]
-_OURS = (str(Path(__file__).parents[1]), str(Path(gymnasium.__file__).parent), "<frozen importlib")
 GYMNASIUM_KWARGS = ("max_episode_steps", "render_mode")  # gymnasium.make takes these for every environment
 
 
@@ -70,6 +67,10 @@ class EnvSource:
             env = self._build(maker)
             for wrapper in self.wrappers:
                 env = wrapper(env)
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise EnvMakeError(
+                f"{self.name}: needs a package that is not installed: {error}. Install it, then try again."
+            ) from error
         except Exception as error:
             raise EnvMakeError(
                 f"{self.name}: its constructor raised {type(error).__name__}; expected an environment. "
@@ -96,14 +97,12 @@ class EnvSource:
                 f"make_envs: the environment is {target!r}; expected a Gymnasium id, path/to/file.py:ClassName, "
                 "package.module:ClassName, a class or a function."
             )
-        place, colon, attribute = target.rpartition(":")
+        place, colon, attribute = target.rpartition(":")  # the last one: C:/x/y.py:MyEnv has two
         if target.endswith(".py"):
             place, attribute = target, ""
-        if place.endswith(".py"):
-            return _from_module(load_file(place), place, attribute)
-        if not colon:
+        elif not colon:
             return _registered(target)
-        module = _import(place)
+        module = load_file(place) if place.endswith(".py") else import_module(place)
         if attribute in gymnasium.registry:
             return gymnasium.registry[attribute]
         return _from_module(module, place, attribute)
@@ -124,7 +123,7 @@ class EnvSource:
                 return  # gymnasium.make raises the same, with its hint what to install
             extra = (*GYMNASIUM_KWARGS, *maker.kwargs)
         try:
-            parameters = inspect.signature(function).parameters.values()  # pyright: ignore[reportArgumentType]
+            parameters = list(inspect.signature(function).parameters.values())  # pyright: ignore[reportArgumentType]
         except (TypeError, ValueError):  # a constructor written in C says nothing; it will speak for itself
             return
         if any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -138,71 +137,85 @@ class EnvSource:
                 f"{self.name}: its constructor has no parameter {', '.join(map(repr, unknown))}; "
                 f"expected some of {known}.{hints}"
             )
+        for parameter in parameters:
+            self._check_type(parameter)
+
+    def _check_type(self, parameter: inspect.Parameter) -> None:
+        """Tell text from numbers, which a command line confuses, where the parameter says which of the two it is."""
+        wanted, value = parameter.annotation, self.kwargs.get(parameter.name)
+        wanted = getattr(wanted, "__name__", wanted)  # a name where annotations are postponed
+        number = isinstance(value, bool | int | float)
+        if (wanted == "str" and number) or (wanted in ("int", "float", "bool") and isinstance(value, str)):
+            raise ConfigError(
+                f"{self.name}: {parameter.name} is {value!r}, {'a number' if number else 'text'}; expected "
+                f"{wanted}. Give one; on a command line '\"5\"' is text and 5 a number."
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker that is started afresh knows neither the files that were loaded here nor the ids that were
+        # registered here; what is local, a lambda, or of the script that runs goes by value.
+        packed = _by_value((self.target, self.kwargs, self.wrappers, self._registration()))
+        try:
+            packed.__getstate__()
+        except Exception as error:
+            raise ConfigError(
+                f"{self.name}: {self._unsendable()} cannot be sent to a worker process ({type(error).__name__}: "
+                f"{error}); expected what can be pickled. Pass what it can be made from there, such as a path, and "
+                "make it in the constructor; or step the environments in this process, with mode='serial'."
+            ) from error
+        return _received, (_Loading(loaded_files()), packed)
+
+    def _registration(self) -> EnvSpec | None:
+        return gymnasium.registry.get(self.target) if isinstance(self.target, str) else None
+
+    def _unsendable(self) -> str:
+        parts = {f"kwargs[{key!r}]": value for key, value in self.kwargs.items()}
+        parts |= {f"wrappers[{index}]": wrapper for index, wrapper in enumerate(self.wrappers)}
+        if inspect.isfunction(self.target):
+            seen = inspect.getclosurevars(self.target)
+            used = {**seen.globals, **seen.nonlocals}
+            parts |= {f"in {self.name} the variable {name}": value for name, value in used.items()}
+        for name, value in parts.items():
+            try:
+                _by_value(value).__getstate__()
+            except Exception:
+                return f"{name} = {value!r}"
+        return repr(self.target)
 
 
-def load_file(path: str) -> ModuleType:
-    """Import a Python file by its path, under a name that is the same in every process.
+@dataclass(frozen=True)
+class _Loading:
+    """Load files before what comes after them in a pickle is unpacked: classes of theirs are found by name then."""
 
-    Args:
-        path: The file.
+    files: tuple[str, ...]
 
-    Returns:
-        The module; the same one when asked again.
-
-    Raises:
-        EnvNotFoundError: If there is no such file.
-        EnvMakeError: If importing it raised.
-    """
-    file = Path(path).expanduser().resolve()
-    if not file.is_file():
-        folder = file.parent
-        near = sorted(p.name for p in folder.glob("*.py")) if folder.is_dir() else []
-        what = f"{folder} holds no file of that name" if folder.is_dir() else f"the folder {folder} does not exist"
-        raise EnvNotFoundError(f"{path}: {what}; expected a Python file.{suggest(file.name, near)}")
-    name = f"rlfeed_file_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise EnvNotFoundError(f"{path}: cannot be imported; expected a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    sys.path.insert(0, str(file.parent))  # as `python file.py` does: the file may import its neighbours
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # a script without a guard may call sys.exit
-        del sys.modules[name]
-        raise EnvMakeError(_import_failed(path, error)) from error
-    finally:
-        sys.path.remove(str(file.parent))
-    return module
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load, self.files
 
 
-def _import(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and (name == error.name or name.startswith(error.name + ".")):
-            raise EnvNotFoundError(
-                f"{name}: there is no module {error.name!r}; expected an importable module. Install it, set "
-                "PYTHONPATH, or give the file as path/to/file.py:ClassName."
-            ) from None
-        raise EnvMakeError(_import_failed(name, error)) from error
-    except Exception as error:
-        raise EnvMakeError(_import_failed(name, error)) from error
+def _load(*files: str) -> None:
+    for file in files:
+        load_file(file)
+
+
+def _by_value(value: Any) -> Any:
+    return CloudpickleWrapper(lambda: value)  # pyright: ignore[reportArgumentType] (made for functions; any will do)
+
+
+def _received(_: None, packed: Any) -> EnvSource:
+    target, kwargs, wrappers, registration = packed()
+    if registration is not None:
+        gymnasium.registry.setdefault(registration.id, registration)
+    return EnvSource(target, kwargs, wrappers)
 
 
 def _registered(env_id: str) -> EnvSpec:
     try:
         return gymnasium.spec(env_id)
     except gymnasium.error.Error as error:
-        namespace = env_id.partition("/")[0] if "/" in env_id else ""
-        hint = suggest(env_id, gymnasium.registry) or f" Gymnasium says: {error}"
-        if namespace == "ALE":
-            hint = f" Install ale-py and write ale_py:{env_id}."
         raise EnvNotFoundError(
             f"{env_id}: no environment of that id is registered; expected a Gymnasium id, path/to/file.py:ClassName "
-            f"or package.module:ClassName.{hint}"
+            f"or package.module:ClassName.{how_to_get(env_id, error)}"
         ) from None
 
 
@@ -235,25 +248,3 @@ def _no_env(name: str, found: type) -> str:
         f"{name}: is a {found.__name__}, which derives from {bases}; expected a gymnasium.Env. "
         "Derive the class from gymnasium.Env, with reset(seed, options) and a step of five values."
     )
-
-
-def _import_failed(place: str, error: BaseException) -> str:
-    return (
-        f"{place}: importing it raised {type(error).__name__}; expected a module that imports. "
-        f"This is its own traceback:\n{own_traceback(error)}"
-    )
-
-
-def own_traceback(error: BaseException) -> str:
-    """Format a traceback without the frames of rlfeed, Gymnasium and the import machinery.
-
-    Args:
-        error: What user code raised.
-
-    Returns:
-        The traceback, from the user's code on; whole where nothing of it is left.
-    """
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not f.filename.startswith(_OURS)]
-    lines = traceback.format_list(own or frames) + traceback.format_exception_only(error)
-    return "Traceback (most recent call last):\n" + "".join(lines).rstrip()
