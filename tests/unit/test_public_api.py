@@ -16,7 +16,8 @@ SIGNATURES = {
     "lost=None, carry=(), extras=<factory>, env_action=None)",
     "PolicyContext": "(is_first, mode, env_ids, env_steps, prev_action, prev_reward, action_mask, generator)",
     "PolicyOutput": "(action, carry=(), extras=<factory>)",
-    "Feedback": "(cell, x0, carry=(), *, feed=None, stop=None, max_steps=None, check='raise', grad=False)",
+    "Feedback": "(cell, x0, carry=(), *, feed=None, stop=None, max_steps=None, check='raise', "
+    "check_every=1, grad=False, detach_every=None, compact=False, batched=True)",
     "Rollout": "(envs, policy, *, seed=0, mode='explore', actions='strict')",
     "evaluate": "(envs, policy, *, episodes=20, seed=0, mode='greedy', actions='strict')",
     "Evaluation": "(returns, lengths, mean, std)",

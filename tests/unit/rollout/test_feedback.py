@@ -146,10 +146,10 @@ def test_feedback_wrong_argument_is_named(arguments, part):
     ("cell", "carry", "part"),
     [
         (lambda x, c: (x[:1], c), (), "out has shape (1,); expected a leading axis of 2"),
-        (lambda x, c: (np.ones((2, 2)), c), (), "of shape (2, 2); expected ndarray float64 of shape (2,)"),
+        (lambda x, c: (np.ones((2, 2)), c), (), "of shape (2, 2); expected float64 of shape (2,)"),
         (lambda x, c: (x.astype(np.float32), c), (), "float32"),
-        (lambda x, c: (x, (c, c)), np.ones(2), "carry is a tuple; expected ndarray"),
-        (lambda x, c: (x, ()), (np.ones(2),), "carry: has 0 parts"),
+        (lambda x, c: (x, (c, c)), np.ones(2), "carry is a tuple of 2 parts; expected float64"),
+        (lambda x, c: (x, ()), (np.ones(2),), "carry is a tuple of 0 parts; expected a tuple of 1 parts"),
         (lambda x, c: (3.0, c), (), "out is 3.0"),
     ],
 )
