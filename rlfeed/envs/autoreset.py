@@ -32,7 +32,7 @@ class Ready:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Outcome:
-    """Hold what became of the actions for the k environments of the last `Ready`.
+    """Hold what became of actions: of k environments, those of the last `Ready` unless ``env_ids`` says others.
 
     Args:
         next_observation: ``[k, ...]`` per leaf: what the environment returned for the action. The same arrays as
@@ -41,7 +41,14 @@ class Outcome:
         terminated: ``[k]`` bool.
         truncated: ``[k]`` bool.
         ready: What to act on next.
-        lost: ``[k]`` bool, True where the environment was lost in this step; None means nowhere.
+        lost: ``[k]`` bool, True where the environment was lost in this step, which is none then: its episode is cut and
+            ``ready`` has a new one, or will have; None means nowhere.
+        cut: ``[k]`` bool, True where the step is whole, but its episode ends there without a flag, because the process
+            of the environment was replaced; None means nowhere.
+        env_ids: ``[k]``, ascending: the environments whose action has come to an end; None means those of the last
+            `Ready`. Where they come as they are ready, the others follow later.
+        success: ``[k]`` float64, whether the episode that ended there succeeded, as its info tells; NaN where it tells
+            nothing, None where none does.
     """
 
     next_observation: Nest
@@ -50,6 +57,9 @@ class Outcome:
     truncated: Bool[ndarray, " k"]
     ready: Ready
     lost: Bool[ndarray, " k"] | None = None
+    cut: Bool[ndarray, " k"] | None = None
+    env_ids: Int64[ndarray, " k"] | None = None
+    success: Float64[ndarray, " k"] | None = None
 
 
 @runtime_checkable

@@ -10,9 +10,9 @@ from numpy import ndarray
 
 from rlfeed.envs.autoreset import Outcome, Ready
 from rlfeed.envs.boundary import REWARD_LIMIT, ObservationCheck, stack_masks
+from rlfeed.envs.group import check_distinct
 from rlfeed.envs.gym_async import AsyncWatch
 from rlfeed.envs.seeds import EPISODES_OPTION, episode_seed, failed
-from rlfeed.envs.serial import check_distinct
 from rlfeed.errors import ConfigError, EnvContractError, RlfeedError, UnsupportedError
 from rlfeed.nest import Nest, describe, leaves, map_nest
 

@@ -9,9 +9,10 @@ import gymnasium
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from rlfeed.envs.autoreset import Envs
+from rlfeed.envs.group import check_distinct
 from rlfeed.envs.gym_vector import VectorEnvs
 from rlfeed.envs.seeds import NumberedEpisodes
-from rlfeed.envs.serial import SerialEnvs, check_distinct
+from rlfeed.envs.serial import SerialEnvs
 from rlfeed.envs.source import EnvSource, Wrapper
 from rlfeed.errors import ConfigError, suggest
 from rlfeed.processes import undecided

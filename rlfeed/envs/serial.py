@@ -1,16 +1,18 @@
 """Environments in this process, one after the other: the fastest way for light ones."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import gymnasium
 import numpy as np
 
 from rlfeed.envs.autoreset import Outcome, Ready
-from rlfeed.envs.boundary import ObservationCheck, check_flags, check_rewards, stack_masks
-from rlfeed.envs.seeds import episode_seed, failed
-from rlfeed.errors import ConfigError, EnvContractError
+from rlfeed.envs.boundary import mask_length
+from rlfeed.envs.faults import Fault, FaultPolicy, OnFault
+from rlfeed.envs.group import EnvGroup, Faults, check_distinct, split_rows
+from rlfeed.errors import ConfigError
 from rlfeed.nest import Nest, leaves, map_nest
+
+MAX_RESTARTS = 5
 
 
 class SerialEnvs:
@@ -21,13 +23,26 @@ class SerialEnvs:
     Args:
         envs: At least one environment, all of the same spaces.
         name: What to call them in errors; by default the first one's id or class name.
+        first_env_id: The number of the first one; episodes have their seeds by it.
+        makers: Make each environment anew where it broke; without them it is only reset.
+        on_fault: What to do when one breaks: ``"raise"``, or ``"restart"``: the step is lost, a new episode begins.
+        max_restarts: How often in a row one is begun anew.
 
     Raises:
         ConfigError: If there is none, if one is given twice, or if their spaces differ.
         SpaceError: If the observation space cannot be stored.
     """
 
-    def __init__(self, envs: Sequence[gymnasium.Env], name: str | None = None) -> None:
+    def __init__(
+        self,
+        envs: Sequence[gymnasium.Env],
+        name: str | None = None,
+        *,
+        first_env_id: int = 0,
+        makers: Sequence[Callable[[], gymnasium.Env]] | None = None,
+        on_fault: OnFault = "raise",
+        max_restarts: int = MAX_RESTARTS,
+    ) -> None:
         if not envs:
             raise ConfigError("SerialEnvs: got no environment; expected at least one.")
         first = envs[0]
@@ -36,15 +51,22 @@ class SerialEnvs:
         self.observation_space = first.observation_space
         self.action_space = first.action_space
         check_distinct(self.name, envs)
-        self._envs = list(envs)
-        self._check = ObservationCheck(self.observation_space)
+        total = first_env_id + self.num_envs
+        self._group = EnvGroup(envs, self.name, first=first_env_id, num_envs=total, makers=makers)
+        self._policy = FaultPolicy(self.name, on_fault, max_restarts)
         self._ids = np.arange(self.num_envs, dtype=np.int64)
         self._ids.flags.writeable = False
-        self._seed = 0
-        self._episodes = [0] * self.num_envs
-        self._clock = 0
-        self._began = [0] * self.num_envs  # what the clock showed when the row's episode began
-        self._masked = False
+        self._mask_length = mask_length(self.action_space)
+        self._ready = Ready(self._ids, self._group.check.empty(self.num_envs))
+
+    @property
+    def faults(self) -> Sequence[Fault]:
+        """List how environments broke: the last hundred times.
+
+        Returns:
+            The faults, oldest first.
+        """
+        return tuple(self._policy.faults)
 
     def reset(self, seed: int, first_episodes: Sequence[int]) -> Ready:
         """Begin an episode in every environment.
@@ -56,10 +78,10 @@ class SerialEnvs:
         Returns:
             The first observations, of all environments.
         """
-        self._seed, self._episodes = seed, [int(n) for n in first_episodes]
-        observations, infos = self._begin(range(self.num_envs))
-        self._masked = any("action_mask" in info for info in infos)
-        return self._ready(self._check.stack(observations, self._where), infos)
+        observation, mask = self._group.check.empty(self.num_envs), self._empty_mask()
+        self._settle(self._group.start(seed, first_episodes, observation, mask), observation, mask)
+        self._ready = Ready(self._ids, observation, mask if self._group.masked else None)
+        return self._ready
 
     def step(self, action: Nest) -> Outcome:
         """Take one step in every environment, and begin new episodes where one ended.
@@ -70,127 +92,45 @@ class SerialEnvs:
         Returns:
             What became of it, and what to act on next.
         """
-        self._clock += 1
-        results = []
-        for env, act in zip(self._envs, split_rows(action), strict=True):
-            try:
-                results.append(env.step(act))
-            except Exception as error:
-                raise failed(self._place(len(results)), f"step({act!r})", error) from error
-        try:
-            observations, rewards, terminated, truncated, infos = zip(*results, strict=True)
-        except (TypeError, ValueError):
-            raise self._wrong_results(results) from None
-        reward = check_rewards(rewards, self._where)
-        terminations = check_flags("terminated", terminated, self._where)
-        truncations = check_flags("truncated", truncated, self._where)
-        successor = observation = self._check.stack(observations, self._where)
-        if True in terminated or True in truncated:
-            rows = [row for row in range(self.num_envs) if terminated[row] or truncated[row]]
-            observation, infos = self._with_firsts(successor, list(infos), rows)
-        return Outcome(successor, reward, terminations, truncations, self._ready(observation, infos))
+        group = self._group
+        successor = observation = group.check.empty(self.num_envs)
+        mask = self._empty_mask() if group.masked else None
+        faults = group.step(split_rows(action), observation, mask)
+        reward, terminated = np.array(group.reward), np.array(group.terminated)
+        truncated, lost, success = np.array(group.truncated), None, None
+        if faults:
+            lost = np.isin(self._ids, list(faults))
+            reward[lost], terminated[lost], truncated[lost] = 0.0, False, False
+            for row in faults:  # nobody knows what followed: what was acted on stands for it
+                for (_, target), (_, before) in zip(leaves(successor), leaves(self._ready.observation), strict=True):
+                    target[row] = before[row]
+        if group.ended or faults:
+            if group.success:
+                success = np.full(self.num_envs, np.nan)
+                success[list(group.success)] = list(group.success.values())
+            self._policy.ended(group.ended)
+            observation = map_nest(np.copy, successor)
+            self._settle(faults, observation, mask, group.ended)
+        self._ready = Ready(self._ids, observation, mask)
+        return Outcome(successor, reward, terminated, truncated, self._ready, lost, success=success)
 
     def close(self) -> None:
         """Close every environment."""
-        for env in self._envs:
-            env.close()
+        self._group.close()
 
-    def _ready(self, observation: Nest, infos: Sequence[Any]) -> Ready:
-        if not self._masked:
-            return Ready(self._ids, observation)
-        masks = [info.get("action_mask") for info in infos]
-        return Ready(self._ids, observation, stack_masks(masks, self.action_space, self._where))
+    def _empty_mask(self) -> np.ndarray | None:
+        return np.empty((self.num_envs, self._mask_length), bool) if self._mask_length else None
 
-    def _with_firsts(self, successor: Nest, infos: list[Any], rows: list[int]) -> tuple[Nest, list[Any]]:
-        for row in rows:
-            self._episodes[row] += 1
-        firsts, first_infos = self._begin(rows)
-        stacked = self._check.stack(firsts, lambda i: self._where(rows[i]))
-        observation = map_nest(np.copy, successor)
-        for (_, target), (_, part) in zip(leaves(observation), leaves(stacked), strict=True):
-            target[rows] = part
-        for row, info in zip(rows, first_infos, strict=True):
-            infos[row] = info
-        return observation, infos
-
-    def _begin(self, rows: Sequence[int]) -> tuple[list[Any], list[Any]]:
-        observations, infos = [], []
-        for row in rows:
-            self._began[row] = self._clock
-            seed = episode_seed(self._seed, row, self._episodes[row])
-            try:
-                result = self._envs[row].reset(seed=seed)
-            except Exception as error:
-                raise failed(self._where(row), f"reset(seed={seed})", error) from error
-            if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
-                raise EnvContractError(
-                    f"{self._where(row)}: reset() returned {_outline(result)}; expected the pair (observation, info), "
-                    "info a dict. Return both."
-                )
-            observations.append(result[0])
-            infos.append(result[1])
-        return observations, infos
-
-    def _where(self, row: int) -> str:
-        step = self._clock - self._began[row]
-        return f"{self.name}: env {row} of {self.num_envs}, step {step} of its episode {self._episodes[row]}"
-
-    def _place(self, row: int) -> str:
-        return f"{self._where(row)} (seed {episode_seed(self._seed, row, self._episodes[row])})"
-
-    def _wrong_results(self, results: list[Any]) -> EnvContractError:
-        row = next((i for i, result in enumerate(results) if not isinstance(result, tuple) or len(result) != 5), 0)
-        return EnvContractError(
-            f"{self._where(row)}: step() returned {_outline(results[row])}; expected the five values (observation, "
-            "reward, terminated, truncated, info). Return all five; an old `done` is terminated or truncated."
-        )
-
-
-def check_distinct(name: str, envs: Sequence[gymnasium.Env]) -> None:
-    """Check that environments are different objects of the same spaces.
-
-    Args:
-        name: What to call them in errors.
-        envs: The environments.
-
-    Raises:
-        ConfigError: If one is there twice, or if their spaces differ.
-    """
-    seen: dict[int, int] = {}
-    for index, env in enumerate(envs):
-        twin = seen.setdefault(id(env.unwrapped), index)
-        if twin != index:
-            raise ConfigError(
-                f"{name}: environments {twin} and {index} are the same object; expected one object for each row. "
-                "Build a new environment in every call of the factory."
-            )
-        for kind in ("observation_space", "action_space"):
-            if getattr(env, kind) != getattr(envs[0], kind):
-                raise ConfigError(
-                    f"{name}: {kind} of environment {index} is {getattr(env, kind)}, that of environment 0 is "
-                    f"{getattr(envs[0], kind)}; expected the same. Build all environments alike."
-                )
-
-
-def split_rows(action: Nest) -> list[Any]:
-    """Split batched actions into one per environment.
-
-    Args:
-        action: ``[k, ...]`` per leaf.
-
-    Returns:
-        k actions that share no memory with the batch: an environment may write into its own.
-    """
-    if isinstance(action, dict):
-        parts = [split_rows(part) for part in action.values()]
-        return [dict(zip(action, row, strict=True)) for row in zip(*parts, strict=True)]
-    if isinstance(action, tuple):
-        return list(zip(*(split_rows(part) for part in action), strict=True))
-    # The elements of a vector are scalars of their own already.
-    return list(action) if action.ndim == 1 else list(action.copy())
-
-
-def _outline(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"{len(value)} values"
-    return f"a {type(value).__name__}"
+    def _settle(
+        self, faults: Faults, observation: Nest, mask: np.ndarray | None, ended: Sequence[int] = ()
+    ) -> None:
+        """Begin the next episodes, where one ended and where an environment broke, until all have begun."""
+        group, begin = self._group, list(ended)
+        while faults or begin:
+            for row, error in faults.items():
+                self._policy.meet(row, group.episodes[row], error)
+                group.renew(row)
+            begin = sorted([*begin, *faults])
+            for row in begin:
+                group.episodes[row] += 1
+            faults, begin = group.begin(begin, observation, mask), []

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -47,10 +48,10 @@ def test_lifeline_of_a_killed_process_ends_all_that_are_tied_even_without_the_gi
 
 def running(process):
     """Tell whether a process is there and no zombie: a container's first process need not bury it."""
+    status = Path(f"/proc/{process}/stat")
     try:
-        with open(f"/proc/{process}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
         return False
 
 

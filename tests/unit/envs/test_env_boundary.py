@@ -93,9 +93,31 @@ def test_observation_not_finite_names_the_entry(value):
 
 
 def test_observation_huge_but_finite_passes():
-    envs = SerialEnvs([Scripted(steps=[good(np.full(2, 3e38, np.float32))])])
+    space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    envs = SerialEnvs([Scripted(space, steps=[good(np.full(2, 3e38, np.float32))])])
     step = next(Rollout(envs, lambda o: np.zeros(1, np.int64)))
     assert step.next_observation.tolist() == [[np.float32(3e38)] * 2]
+
+
+def test_observation_outside_its_box_by_more_than_the_boxs_width_is_refused():
+    text = problem(Scripted(steps=[good(np.array([0, 30.5], np.float32))]))
+    assert "env 0 of 1, step 1 of its episode 0: observation[1] is 30.5, outside its space; expected -10 to 10" in text
+
+
+def test_observation_just_outside_its_box_passes_with_one_warning():
+    env = Scripted(steps=[good(FINE), good(np.array([0, 29.5], np.float32)), good(np.array([-11, 0], np.float32))])
+    rollout = Rollout(SerialEnvs([env]), lambda o: np.zeros(1, np.int64))
+    with pytest.warns(RuntimeWarning, match=r"observation\[1\] is 29.5, outside its space; expected -10 to 10") as caught:
+        steps = list(itertools.islice(rollout, 3))
+    assert len(caught) == 1
+    assert [step.next_observation[0].tolist() for step in steps] == [[0, 0], [0, 29.5], [-11, 0]]
+
+
+@pytest.mark.parametrize("value", [-1, 7])
+def test_observation_outside_an_integer_box_is_refused(value):
+    space = spaces.Box(0, 6, (2,), np.int16)
+    text = problem(Scripted(space, np.zeros(2, np.int16), [good(np.array([0, value], np.int16))]))
+    assert f"observation[1] is {value}, outside its space; expected 0 to 6" in text
 
 
 @pytest.mark.parametrize(

@@ -63,12 +63,12 @@ def message(error, *parts):
 def test_make_envs_file_path_makes_its_environment(maze, target):
     envs = make_envs(target.format(maze), 2, kwargs={"size": 4})
     assert envs.num_envs == 2
-    assert [type(env).__name__ for env in envs._envs] == ["MazeEnv", "MazeEnv"]
-    assert envs._envs[0].size == 4
+    assert [type(env).__name__ for env in envs._group.envs] == ["MazeEnv", "MazeEnv"]
+    assert envs._group.envs[0].size == 4
 
 
 def test_make_envs_gymnasium_id_keeps_the_time_limit_and_drops_the_checkers():
-    env = make_envs("CartPole-v1")._envs[0]
+    env = make_envs("CartPole-v1")._group.envs[0]
     assert isinstance(env, gymnasium.wrappers.TimeLimit)
     assert type(env.env) is type(env.unwrapped)
 
@@ -81,7 +81,7 @@ def test_make_envs_module_path_makes_class_or_registered_id(target):
 
 
 def test_make_envs_id_takes_gymnasiums_own_arguments():
-    env = make_envs("CartPole-v1", kwargs={"max_episode_steps": 7})._envs[0]
+    env = make_envs("CartPole-v1", kwargs={"max_episode_steps": 7})._group.envs[0]
     assert env._max_episode_steps == 7
 
 

@@ -128,8 +128,8 @@ class LosesRows(SerialEnvs):
         out = super().step(action)
         if self.calls % 4:
             return out
-        self._episodes[1] += 1
-        observation, _ = self._envs[1].reset()
+        self._group.episodes[1] += 1
+        observation, _ = self._group.envs[1].reset()
         fresh = out.ready.observation.copy()
         fresh[1] = observation
         lost = np.array([False, True])

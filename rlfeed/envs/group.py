@@ -1,0 +1,351 @@
+"""A group of environments that one process steps, one after the other: the only place that calls reset and step.
+
+`SerialEnvs` has one group in this process, the worker pool one in each of its processes, so that an environment is
+seeded, checked and named in the same way wherever it runs. What goes wrong with an environment is told and not
+decided here: whoever has the group raises it, or begins the row anew.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
+
+import gymnasium
+from jaxtyping import Bool
+from numpy import ndarray
+
+from rlfeed.envs.boundary import ObservationCheck, flag_of, mask_of, reward_of, success_of
+from rlfeed.envs.seeds import episode_seed, failed
+from rlfeed.errors import ConfigError, EnvContractError, RlfeedError
+from rlfeed.nest import Nest
+
+Faults = Mapping[int, RlfeedError]  # by row
+Mask = Bool[ndarray, "k A"] | None
+_NO_FAULTS: dict[int, RlfeedError] = {}
+_PENDING = object()
+
+
+class Book(Protocol):
+    """Write down what environments do while they do it, for somebody who may have to find out."""
+
+    def calls(self, row: int, phase: int) -> None:
+        """Note that an environment is called.
+
+        Args:
+            row: Which.
+            phase: 1 for a step, 2 for a reset.
+        """
+        ...
+
+    def stepped(self, row: int, reward: float, terminated: bool, truncated: bool) -> None:
+        """Note what a step gave; its observation is written already.
+
+        Args:
+            row: Which.
+            reward: The reward.
+            terminated: The flag.
+            truncated: The flag.
+        """
+        ...
+
+
+class EnvGroup:
+    """Reset and step k environments, and check what they return.
+
+    Args:
+        envs: The environments, all of the same spaces.
+        name: What to call them in errors.
+        first: The number of the first one among all.
+        num_envs: How many there are in all.
+        makers: Make each environment anew; without them an environment that broke is only reset.
+        book: Told of every call.
+    """
+
+    def __init__(
+        self,
+        envs: Sequence[gymnasium.Env],
+        name: str,
+        *,
+        first: int = 0,
+        num_envs: int | None = None,
+        makers: Sequence[Callable[[], gymnasium.Env]] | None = None,
+        book: Book | None = None,
+    ) -> None:
+        self.envs = list(envs)
+        self.name, self.first, self.num_envs = name, first, num_envs or len(self.envs)
+        self.check = ObservationCheck(self.envs[0].observation_space)
+        self.action_space = self.envs[0].action_space
+        self.masked = False  # whether infos hold action masks: the first reset tells
+        self.seed, self.episodes = 0, [0] * len(self.envs)
+        self._makers, self._book = makers, book
+        self._clock = 0
+        self._began = [0] * len(self.envs)  # what the clock showed when the row's episode began
+        self.reward: list[float] = []
+        self.terminated: list[bool] = []
+        self.truncated: list[bool] = []
+        self.ended: list[int] = []  # rows whose episode ended with the last step
+        self.success: dict[int, float] = {}  # theirs, where infos tell
+        self._infos: list[Any] = [{}] * len(self.envs)
+
+    def start(self, seed: int, episodes: Sequence[int], target: Nest, mask: Mask = None) -> Faults:
+        """Begin an episode in every environment.
+
+        Args:
+            seed: The run's seed.
+            episodes: The episodes' numbers, one per environment.
+            target: Where the first observations go, ``[k, ...]`` per leaf.
+            mask: Where their action masks go, ``[k, A]``, if infos hold some.
+
+        Returns:
+            What went wrong, by row.
+        """
+        self.seed, self.episodes = seed, [int(n) for n in episodes]
+        self.masked = False
+        rows = range(len(self.envs))
+        faults = self.begin(rows, target)
+        self.masked = any("action_mask" in info for info in self._infos)
+        return self._check_masks(rows, mask, faults)
+
+    def step(self, actions: Sequence[Any], target: Nest, mask: Mask = None) -> Faults:
+        """Take one step in every environment; ``reward``, ``terminated``, ``truncated`` and ``success`` are its.
+
+        Args:
+            actions: One per environment.
+            target: Where the observations go, ``[k, ...]`` per leaf.
+            mask: Where the action masks go, ``[k, A]``, of rows whose episode goes on.
+
+        Returns:
+            What went wrong, by row: a step that is none.
+        """
+        self._clock += 1
+        book, infos, where = self._book, self._infos, self.where
+        dtype, shape = self.check.plain
+        rewards, terminations, truncations = [], [], []
+        faults = _NO_FAULTS
+        row = 0
+        for env, action in zip(self.envs, actions, strict=True):
+            result = _PENDING
+            try:
+                if book is not None:
+                    book.calls(row, 1)
+                result = env.step(action)
+                observation, reward, terminated, truncated, infos[row] = result
+                # What most environments return is written without a call: the loop costs as much as a light step.
+                if type(observation) is ndarray and observation.dtype == dtype and observation.shape == shape:
+                    target[row] = observation
+                else:
+                    self.check.write(observation, target, row, where)
+                if type(reward) is not float or not -1e38 <= reward <= 1e38:
+                    reward = reward_of(reward, row, where)
+                if terminated is not False:
+                    terminated = flag_of("terminated", terminated, row, where)
+                if truncated is not False:
+                    truncated = flag_of("truncated", truncated, row, where)
+                if book is not None:
+                    book.stepped(row, reward, terminated, truncated)
+            except Exception as error:
+                faults = {**faults, row: self._fault(row, action, result, error)}
+                reward, terminated, truncated = 0.0, False, False
+            rewards.append(reward)
+            terminations.append(terminated)
+            truncations.append(truncated)
+            row += 1
+        self.reward, self.terminated, self.truncated = rewards, terminations, truncations
+        faults = self._check_values(target, range(row), faults)
+        self.ended, self.success = [], {}
+        if True in terminations or True in truncations:
+            both = enumerate(zip(terminations, truncations, strict=True))
+            self.ended = [i for i, flags in both if (flags[0] or flags[1]) and i not in faults]
+            told = {i: success_of(infos[i]) for i in self.ended if isinstance(infos[i], dict)}
+            self.success = {i: value for i, value in told.items() if value is not None}
+        if self.masked:
+            faults = self._check_masks([i for i in range(row) if i not in self.ended], mask, faults)
+        return faults
+
+    def begin(self, rows: Sequence[int], target: Nest, mask: Mask = None) -> Faults:
+        """Begin the episodes whose numbers are in ``episodes``.
+
+        Args:
+            rows: In which environments.
+            target: Where the first observations go, ``[k, ...]`` per leaf.
+            mask: Where their action masks go, ``[k, A]``, if infos hold some.
+
+        Returns:
+            What went wrong, by row.
+        """
+        faults: dict[int, RlfeedError] = {}
+        for row in rows:
+            self._began[row] = self._clock
+            seed = episode_seed(self.seed, self.first + row, self.episodes[row])
+            try:
+                if self._book is not None:
+                    self._book.calls(row, 2)
+                result = self.envs[row].reset(seed=seed)
+            except Exception as error:
+                faults[row] = failed(self.where(row), f"reset(seed={seed})", error)
+                continue
+            if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
+                faults[row] = EnvContractError(
+                    f"{self.where(row)}: reset() returned {_outline(result)}; expected the pair (observation, info), "
+                    "info a dict. Return both."
+                )
+                continue
+            self._infos[row] = result[1]
+            try:
+                self.check.write(result[0], target, row, self.where)
+            except RlfeedError as error:
+                faults[row] = error
+        return self._check_masks(rows, mask, self._check_values(target, rows, faults))
+
+    def renew(self, row: int) -> None:
+        """Make an environment anew that broke: whatever state it is in, its next episode begins without it.
+
+        Args:
+            row: Which.
+
+        Raises:
+            EnvMakeError: If it cannot be made again.
+        """
+        if self._makers is None:
+            return
+        with suppress(Exception):  # it is broken: that it cannot be closed either is no news
+            self.envs[row].close()
+        self.envs[row] = self._makers[row]()
+
+    def close(self) -> None:
+        """Close every environment."""
+        for env in self.envs:
+            env.close()
+
+    def where(self, row: int) -> str:
+        """Name a row for errors.
+
+        Args:
+            row: Which.
+
+        Returns:
+            Such as ``CartPole-v1: env 3 of 8, step 17 of its episode 2``.
+        """
+        return (
+            f"{self.name}: env {self.first + row} of {self.num_envs}, step {self._clock - self._began[row]} of its "
+            f"episode {self.episodes[row]}"
+        )
+
+    def _place(self, row: int) -> str:
+        return f"{self.where(row)} (seed {episode_seed(self.seed, self.first + row, self.episodes[row])})"
+
+    def _check_masks(self, rows: Sequence[int], target: Mask, faults: Faults) -> Faults:
+        if not self.masked:
+            return faults
+        found = dict(faults)
+        for row in rows:
+            if row in faults:
+                continue
+            info = self._infos[row]
+            given = info.get("action_mask") if isinstance(info, dict) else None
+            try:
+                mask = mask_of(given, self.action_space, row, self.where)
+            except RlfeedError as error:
+                found[row] = error
+                continue
+            if target is not None:
+                target[row] = mask
+        return found
+
+    def _check_values(self, target: Nest, rows: Sequence[int], faults: Faults) -> Faults:
+        """Check values: those of all rows at once, and one by one where one is wrong."""
+        whole = len(rows) == len(self.envs)
+        if whole and not faults:
+            try:
+                self.check.check(target, self.where)
+            except RlfeedError:
+                pass
+            else:
+                return faults
+        found = dict(faults)
+        for row in rows:
+            if row not in faults:
+                try:
+                    self.check.check(rows_of(target, row), lambda _, row=row: self.where(row))
+                except RlfeedError as error:
+                    found[row] = error
+        return found
+
+    def _fault(self, row: int, action: Any, result: Any, error: Exception) -> RlfeedError:
+        """Say what went wrong in a step: in the environment, in the form of its result, or with a part of it."""
+        if result is _PENDING:
+            return failed(self._place(row), f"step({action!r})", error)
+        if isinstance(error, RlfeedError):
+            return error
+        if isinstance(result, tuple) and len(result) == 5:
+            return failed(self._place(row), "what step() returned", error)
+        return EnvContractError(
+            f"{self.where(row)}: step() returned {_outline(result)}; expected the five values (observation, "
+            "reward, terminated, truncated, info). Return all five; an old `done` is terminated or truncated."
+        )
+
+
+def rows_of(nest: Nest, row: int) -> Nest:
+    """Give one row of a nest, with its leading axis.
+
+    Args:
+        nest: ``[k, ...]`` per leaf.
+        row: Which.
+
+    Returns:
+        Views ``[1, ...]`` per leaf.
+    """
+    if isinstance(nest, dict):
+        return {key: rows_of(part, row) for key, part in nest.items()}
+    if isinstance(nest, tuple):
+        return tuple(rows_of(part, row) for part in nest)
+    return nest[row : row + 1]
+
+
+def check_distinct(name: str, envs: Sequence[gymnasium.Env]) -> None:
+    """Check that environments are different objects of the same spaces.
+
+    Args:
+        name: What to call them in errors.
+        envs: The environments.
+
+    Raises:
+        ConfigError: If one is there twice, or if their spaces differ.
+    """
+    seen: dict[int, int] = {}
+    for index, env in enumerate(envs):
+        twin = seen.setdefault(id(env.unwrapped), index)
+        if twin != index:
+            raise ConfigError(
+                f"{name}: environments {twin} and {index} are the same object; expected one object for each row. "
+                "Build a new environment in every call of the factory."
+            )
+        for kind in ("observation_space", "action_space"):
+            if getattr(env, kind) != getattr(envs[0], kind):
+                raise ConfigError(
+                    f"{name}: {kind} of environment {index} is {getattr(env, kind)}, that of environment 0 is "
+                    f"{getattr(envs[0], kind)}; expected the same. Build all environments alike."
+                )
+
+
+def split_rows(action: Nest) -> list[Any]:
+    """Split batched actions into one per environment.
+
+    Args:
+        action: ``[k, ...]`` per leaf.
+
+    Returns:
+        k actions that share no memory with the batch: an environment may write into its own.
+    """
+    if isinstance(action, dict):
+        parts = [split_rows(part) for part in action.values()]
+        return [dict(zip(action, row, strict=True)) for row in zip(*parts, strict=True)]
+    if isinstance(action, tuple):
+        return list(zip(*(split_rows(part) for part in action), strict=True))
+    # The elements of a vector are scalars of their own already.
+    return list(action) if action.ndim == 1 else list(action.copy())
+
+
+def _outline(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"{len(value)} values"
+    return f"a {type(value).__name__}"
