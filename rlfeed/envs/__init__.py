@@ -4,6 +4,8 @@ from rlfeed.envs.autoreset import Envs, Outcome, Ready
 from rlfeed.envs.check import Finding, check_env
 from rlfeed.envs.gym_vector import VectorEnvs
 from rlfeed.envs.make import as_envs, make_envs
+from rlfeed.envs.moments import RunningMoments
+from rlfeed.envs.normalize import NormalizedEnvs
 from rlfeed.envs.seeds import NumberedEpisodes, episode_seed
 from rlfeed.envs.serial import SerialEnvs
 from rlfeed.envs.source import EnvSource
@@ -12,9 +14,11 @@ __all__ = [
     "EnvSource",
     "Envs",
     "Finding",
+    "NormalizedEnvs",
     "NumberedEpisodes",
     "Outcome",
     "Ready",
+    "RunningMoments",
     "SerialEnvs",
     "VectorEnvs",
     "as_envs",

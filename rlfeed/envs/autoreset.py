@@ -37,7 +37,7 @@ class Outcome:
     Args:
         next_observation: ``[k, ...]`` per leaf: what the environment returned for the action. The same arrays as
             ``ready.observation`` where no episode ended.
-        reward: ``[k]`` float64, as the environment gave it.
+        reward: ``[k]`` float64, as the environment gave it unless ``raw_reward`` is that.
         terminated: ``[k]`` bool.
         truncated: ``[k]`` bool.
         ready: What to act on next.
@@ -49,6 +49,8 @@ class Outcome:
             `Ready`. Where they come as they are ready, the others follow later.
         success: ``[k]`` float64, whether the episode that ended there succeeded, as its info tells; NaN where it tells
             nothing, None where none does.
+        raw_reward: ``[k]`` float64, the reward before it was normalised: what episode statistics add up; None where it
+            is ``reward``.
     """
 
     next_observation: Nest
@@ -60,6 +62,7 @@ class Outcome:
     cut: Bool[ndarray, " k"] | None = None
     env_ids: Int64[ndarray, " k"] | None = None
     success: Float64[ndarray, " k"] | None = None
+    raw_reward: Float64[ndarray, " k"] | None = None
 
 
 @runtime_checkable

@@ -9,6 +9,7 @@ from gymnasium.vector import VectorEnv
 
 from rlfeed.envs.autoreset import Envs, Ready
 from rlfeed.envs.make import as_envs
+from rlfeed.envs.normalize import NormalizedEnvs
 from rlfeed.errors import CheckpointError, ConfigError, UnsupportedError, suggest
 from rlfeed.nest import Nest, leaves
 from rlfeed.rollout.actions import Actions, Handling
@@ -16,7 +17,7 @@ from rlfeed.rollout.policy import FunctionPolicy, adapt, check_output
 from rlfeed.rollout.rows import copy, put, reset_rows, take
 from rlfeed.rollout.statistics import EpisodeStatistics
 from rlfeed.rollout.views import block_batch, episode_batch, positive, quotas
-from rlfeed.types import Batch, Mode, Policy, PolicyContext, PolicyOutput, Step
+from rlfeed.types import Batch, Mode, Policy, PolicyContext, PolicyOutput, Stateful, Step
 
 MODES = ("explore", "greedy", "random")
 STREAM = 1  # the rollout's generator, apart from every other stream of the same seed
@@ -152,7 +153,8 @@ class Rollout:
         self.env_steps += len(ids) if outcome.lost is None else len(ids) - int(outcome.lost.sum())
         # Where no episode ended, what to act on is what came back: the contract spares a reduction in every step.
         any_ended = outcome.lost is not None or outcome.ready.observation is not outcome.next_observation
-        self.statistics.update(ids, outcome.reward, ended if any_ended else None, outcome.lost, self.env_steps)
+        raw_reward = outcome.reward if outcome.raw_reward is None else outcome.raw_reward
+        self.statistics.update(ids, raw_reward, ended if any_ended else None, outcome.lost, self.env_steps)
         self._is_first = put(self._is_first, ids, ended, num_envs)
         self._carry = put(self._carry, ids, out.carry, num_envs)
         self._prev_action = put(self._prev_action, ids, action, num_envs)
@@ -236,7 +238,7 @@ class Rollout:
         seed it would have had.
 
         Returns:
-            The state.
+            The state, with that of environments which have one, such as `NormalizedEnvs`.
         """
         return {
             "environments": "restarted",
@@ -245,6 +247,7 @@ class Rollout:
             "next_episodes": self._next_episodes + ~self._is_first,
             "generator": self._generator.bit_generator.state,
             "statistics": self.statistics.state_dict(),
+            "envs": self.envs.state_dict() if isinstance(self.envs, Stateful) else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -265,6 +268,14 @@ class Rollout:
         self.env_steps = int(state["env_steps"])
         self._generator.bit_generator.state = state["generator"]
         self.statistics.load_state_dict(state["statistics"])
+        saved = state.get("envs")
+        if isinstance(self.envs, Stateful) != (saved is not None):
+            raise CheckpointError(
+                f"Rollout: the state has {'none' if saved is None else 'one'} of its environments; these "
+                f"{'keep none' if saved is not None else 'expect one'}. Make them as they were, such as NormalizedEnvs."
+            )
+        if isinstance(self.envs, Stateful) and saved is not None:
+            self.envs.load_state_dict(saved)
         self._next_episodes = episodes.copy()
         self._is_first = np.ones(self.num_envs, bool)
         self._ready = None
@@ -302,6 +313,8 @@ class Rollout:
             yield block_batch(steps, context, self._upcoming())
 
     def _upcoming(self) -> Ready:
+        if isinstance(self.envs, NormalizedEnvs):
+            self.envs.mode = self._mode
         if self._ready is None:
             self._ready = self._begin()
         return self._ready

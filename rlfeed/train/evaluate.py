@@ -1,5 +1,7 @@
 """Evaluation: whole episodes on environments of their own, a fixed number in each."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +11,7 @@ from gymnasium.vector import VectorEnv
 from jaxtyping import Float64, Int64
 from numpy import ndarray
 
-from rlfeed.envs import Envs
+from rlfeed.envs import Envs, NormalizedEnvs
 from rlfeed.errors import ConfigError
 from rlfeed.rollout import EpisodeRecord, Rollout
 from rlfeed.rollout.actions import Handling
@@ -48,7 +50,8 @@ def evaluate(
     """Play whole episodes and report their returns.
 
     The number of episodes is fixed for each environment beforehand: taking the first that end would prefer short
-    ones. The same seed plays the same episodes, which are not those that training with that seed plays.
+    ones. The same seed plays the same episodes, which are not those that training with that seed plays. Statistics of
+    `NormalizedEnvs` are used as they are, and count nothing; returns are of the rewards before normalisation.
 
     Args:
         envs: Environments that nobody else steps meanwhile; they stay open.
@@ -70,11 +73,12 @@ def evaluate(
     rollout = Rollout(envs, policy, seed=own_seed, mode=mode, actions=actions)
     quota = quotas(positive("evaluate: episodes", episodes), rollout.num_envs, per_env=False)
     played: list[list[EpisodeRecord]] = [[] for _ in quota]
-    for _ in rollout:
-        for record in rollout.statistics.finished:
-            played[record.env_id].append(record)
-        if all(len(records) >= enough for records, enough in zip(played, quota, strict=True)):
-            break
+    with _frozen(rollout.envs):
+        for _ in rollout:
+            for record in rollout.statistics.finished:
+                played[record.env_id].append(record)
+            if all(len(records) >= enough for records, enough in zip(played, quota, strict=True)):
+                break
     counted = [
         records[number]
         for number in range(max(quota))
@@ -84,3 +88,15 @@ def evaluate(
     returns = np.array([record.total_reward for record in counted])
     lengths = np.array([record.length for record in counted], np.int64)
     return Evaluation(returns, lengths, float(returns.mean()), float(returns.std()))
+
+
+@contextmanager
+def _frozen(envs: Envs) -> Iterator[None]:
+    if not isinstance(envs, NormalizedEnvs):
+        yield
+        return
+    before, envs.frozen = envs.frozen, True
+    try:
+        yield
+    finally:
+        envs.frozen = before
