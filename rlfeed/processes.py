@@ -16,7 +16,7 @@ from typing import Any
 
 from rlfeed.errors import ConfigError
 
-_USUAL = ("gymnasium", "gymnasium.spaces")
+_USUAL = ("gymnasium", "gymnasium.spaces", "rlfeed.rollout.acting")
 _PRELOADED = ("__main__", "rlfeed.feed.workers", "rlfeed.feed.preloaded")
 _LOOK_S = 0.5  # between looks at a process that nobody tells of
 
