@@ -1,12 +1,16 @@
 """Rollouts: iterators that feed a model's outputs back as its next inputs."""
 
 from rlfeed.rollout.actions import Actions
+from rlfeed.rollout.actors import Actors, ActorStats
 from rlfeed.rollout.feedback import Feedback
 from rlfeed.rollout.policy import EpsilonGreedy, FunctionPolicy, ModulePolicy, adapt
 from rlfeed.rollout.rollout import Rollout
 from rlfeed.rollout.statistics import EpisodeRecord, EpisodeStatistics
+from rlfeed.rollout.weights import Weights
 
 __all__ = [
+    "ActorStats",
+    "Actors",
     "Actions",
     "EpisodeRecord",
     "EpisodeStatistics",
@@ -15,5 +19,6 @@ __all__ = [
     "FunctionPolicy",
     "ModulePolicy",
     "Rollout",
+    "Weights",
     "adapt",
 ]

@@ -137,7 +137,7 @@ class Actors:
             for actor in range(num_actors)
         ]  # fmt: skip
         self._check_s, self._check_at = min(_CHECK_S, start_timeout_s, step_timeout_s), 0.0
-        self._holds, self._started, self._closed = 0, False, False
+        self._holds, self._started, self._failed, self._closed = 0, False, False, False
         # Not of weakref: multiprocessing waits for its children at exit before those are run.
         self._end = multiprocessing.util.Finalize(self, _end, (self._seats, lifeline), exitpriority=10)
 
@@ -222,8 +222,12 @@ class Actors:
                 records += seat.read()
         if (now := time.monotonic()) >= self._check_at or any(seat.process is None for seat in self._seats):
             self._check_at = now + self._check_s
-            for seat in self._seats:
-                seat.look(now)
+            try:
+                for seat in self._seats:
+                    seat.look(now)
+            except WorkerError:
+                self._failed = True
+                raise
         return self._note(records)
 
     def wait(self, beyond: int, timeout_s: float = 0.1) -> tuple[EpisodeRecord, ...]:
@@ -320,7 +324,7 @@ class Actors:
         self._closed = True
         self._board.command = STOP
         deadline = time.monotonic() + GRACE_S
-        records = [record for seat in self._seats for record in seat.leave(deadline)]
+        records = [record for seat in self._seats for record in seat.leave(deadline, quiet=self._failed)]
         self._note(records)
         self._end()
 

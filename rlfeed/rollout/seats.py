@@ -224,11 +224,12 @@ class Seat:
             self.process.kill()
             self._part()
 
-    def leave(self, deadline: float) -> list[EpisodeRecord]:
+    def leave(self, deadline: float, *, quiet: bool) -> list[EpisodeRecord]:
         """Wait for a process that was told to stop.
 
         Args:
             deadline: Until when, on the monotonic clock.
+            quiet: Whether to say nothing of how it ended: an error has been raised already.
 
         Returns:
             Episodes that ended meanwhile.
@@ -237,7 +238,7 @@ class Seat:
         while self.process is not None and time.monotonic() < deadline:
             time.sleep(0.001)
             records += self.read()
-        if self._failure is not None:
+        if self._failure is not None and not quiet:
             warnings.warn(f"actor {self.job.actor}, told to stop, {self._failure}", RuntimeWarning, stacklevel=3)
         with suppress(OSError):
             self.end()
