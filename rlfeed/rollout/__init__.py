@@ -9,9 +9,9 @@ from rlfeed.rollout.statistics import EpisodeRecord, EpisodeStatistics
 from rlfeed.rollout.weights import Weights
 
 __all__ = [
+    "Actions",
     "ActorStats",
     "Actors",
-    "Actions",
     "EpisodeRecord",
     "EpisodeStatistics",
     "EpsilonGreedy",
