@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from rlfeed.errors import SpaceError
-from rlfeed.nest import Nest, describe, map_nest
+from rlfeed.errors import ConfigError, SpaceError, suggest
+from rlfeed.nest import Nest, Path, describe, leaves, map_nest
+
+FrameStack = int | Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,3 +170,42 @@ def zeros(spec: Nest, *leading: int) -> Nest:
         Arrays of ``[*leading, *shape]``.
     """
     return map_nest(lambda part: part.zeros(*leading), spec)
+
+
+def frames_of(observation: Nest, frame_stack: FrameStack, where: str) -> dict[Path, int]:
+    """Say how many frames of every leaf of an observation are stacked.
+
+    Args:
+        observation: The observation's specs, of single frames.
+        frame_stack: Frames, >= 1, of every leaf; or of the named entries of a Dict observation, 1 for the others.
+        where: Who asks, for an error.
+
+    Returns:
+        Frames by the leaf's path.
+
+    Raises:
+        ConfigError: If a number is no int >= 1, or an entry is not there; all findings at once.
+    """
+    if not isinstance(frame_stack, Mapping):
+        count = _counted({"frame_stack": frame_stack}, [], where)[0]
+        return dict.fromkeys((path for path, _ in leaves(observation)), count)
+    known = list(observation) if isinstance(observation, dict) else []
+    strange = [
+        f"frame_stack names {key!r}; expected entries of the observation: {known}{suggest(str(key), known)}"
+        for key in frame_stack
+        if key not in known
+    ]
+    counts = _counted({f"frame_stack[{key!r}]": frames for key, frames in frame_stack.items()}, strange, where)
+    named: dict[Any, int] = dict(zip(frame_stack, counts, strict=True))
+    return {path: named.get(path[0], 1) if path else 1 for path, _ in leaves(observation)}
+
+
+def _counted(counts: dict[str, Any], wrong: list[str], where: str) -> list[int]:
+    findings = [*wrong, *(f"{k} is {n!r}; expected an int >= 1" for k, n in counts.items() if not _is_count(n))]
+    if findings:
+        raise ConfigError(f"{where}: " + "; ".join(findings) + ".")
+    return [int(n) for n in counts.values()]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 1

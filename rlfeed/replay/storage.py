@@ -24,8 +24,7 @@ from rlfeed.nest import Nest, leaves
 from rlfeed.nest import Path as LeafPath
 from rlfeed.replay import kernels as k
 from rlfeed.replay.device_rows import MOST_PLACES, PLACE, DeviceRows, Leaf, lies_there
-from rlfeed.replay.stacks import FrameStack, frames_of
-from rlfeed.specs import ArraySpec
+from rlfeed.specs import ArraySpec, FrameStack, frames_of
 
 LARGE_BYTES = 1024
 LEAST_ROWS = 4
@@ -154,7 +153,7 @@ class Storage:
 
     def _place(self, kind: Kind) -> None:
         every = self.carry_every
-        self.frames = frames_of(self.fields.get("observation", ()), self.frame_stack)
+        self.frames = frames_of(self.fields.get("observation", ()), self.frame_stack, "ReplayBuffer")
         self.ring = ring_of(self.rows)
         self.entries = self.ring // 2 + 2
         self.carry_entries = self.ring if every == 1 else (self.ring - 1) // every + 2

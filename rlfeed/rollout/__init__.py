@@ -5,6 +5,7 @@ from rlfeed.rollout.actors import Actors, ActorStats
 from rlfeed.rollout.feedback import Feedback
 from rlfeed.rollout.policy import EpsilonGreedy, FunctionPolicy, ModulePolicy, adapt
 from rlfeed.rollout.rollout import Rollout
+from rlfeed.rollout.stacks import StackFrames
 from rlfeed.rollout.statistics import EpisodeRecord, EpisodeStatistics
 from rlfeed.rollout.weights import Weights
 
@@ -19,6 +20,7 @@ __all__ = [
     "FunctionPolicy",
     "ModulePolicy",
     "Rollout",
+    "StackFrames",
     "Weights",
     "adapt",
 ]
