@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlfeed.envs import Finding, check_env, make_envs
+    from rlfeed.envs import Finding, ModelEnvs, check_env, make_envs
     from rlfeed.feed import (
         DeviceFeed,
         ReplayDataset,
@@ -48,6 +48,7 @@ __all__ = [
     "Hindsight",
     "Limiter",
     "Mixture",
+    "ModelEnvs",
     "Policy",
     "PolicyContext",
     "PolicyOutput",
@@ -73,7 +74,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "rlfeed.envs": {"Finding", "check_env", "make_envs"},
+    "rlfeed.envs": {"Finding", "ModelEnvs", "check_env", "make_envs"},
     "rlfeed.feed": {
         "DeviceFeed", "ReplayDataset", "ReplayLoader", "cycle", "epoch", "make_loader", "pad_collate", "stream",
     },

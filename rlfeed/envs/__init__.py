@@ -4,6 +4,7 @@ from rlfeed.envs.autoreset import Envs, Outcome, Ready
 from rlfeed.envs.check import Finding, check_env
 from rlfeed.envs.gym_vector import VectorEnvs
 from rlfeed.envs.make import as_envs, make_envs
+from rlfeed.envs.model import ModelEnvs
 from rlfeed.envs.moments import RunningMoments
 from rlfeed.envs.normalize import NormalizedEnvs
 from rlfeed.envs.seeds import NumberedEpisodes, episode_seed
@@ -14,6 +15,7 @@ __all__ = [
     "EnvSource",
     "Envs",
     "Finding",
+    "ModelEnvs",
     "NormalizedEnvs",
     "NumberedEpisodes",
     "Outcome",

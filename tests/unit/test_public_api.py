@@ -18,6 +18,8 @@ SIGNATURES = {
     "PolicyOutput": "(action, carry=(), extras=<factory>)",
     "Feedback": "(cell, x0, carry=(), *, feed=None, stop=None, max_steps=None, check='raise', "
     "check_every=1, grad=False, detach_every=None, compact=False, batched=True)",
+    "ModelEnvs": "(model, *, observation_space, action_space, initial, reward_fn, termination_fn, horizon=None, "
+    "num_envs=1, initial_carry=None, on_fault='raise', max_restarts=5, name=None)",
     "Rollout": "(envs, policy, *, seed=0, mode='explore', actions='strict')",
     "evaluate": "(envs, policy, *, episodes=20, seed=0, mode='greedy', actions='strict')",
     "Evaluation": "(returns, lengths, mean, std)",
