@@ -21,6 +21,7 @@ from rlfeed.specs import from_space, mask_sizes
 
 Where = Callable[[int], str]
 REWARD_LIMIT = float(np.finfo(np.float32).max)
+SUCCESS_KEYS = ("is_success", "success")  # what infos tell it by
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,9 +253,7 @@ def success_of(info: Mapping[str, Any]) -> float | None:
     Returns:
         ``info["is_success"]`` or ``info["success"]`` as a number; None where it tells nothing.
     """
-    told = info.get("is_success")
-    if told is None:
-        told = info.get("success")
+    told = next((info[key] for key in SUCCESS_KEYS if info.get(key) is not None), None)
     return float(told) if np.shape(told) == () and _is_real(told) else None
 
 

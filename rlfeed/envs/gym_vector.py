@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float64
 from numpy import ndarray
 
 from rlfeed.envs.autoreset import Outcome, Ready
-from rlfeed.envs.boundary import REWARD_LIMIT, ObservationCheck, stack_masks
+from rlfeed.envs.boundary import REWARD_LIMIT, SUCCESS_KEYS, ObservationCheck, stack_masks, success_of
 from rlfeed.envs.group import check_distinct
 from rlfeed.envs.gym_async import AsyncWatch
 from rlfeed.envs.seeds import EPISODES_OPTION, episode_seed, failed
@@ -104,9 +104,10 @@ class VectorEnvs:
         reward = self._rewards(reward, acted)
         terminated, truncated = self._flags("terminated", terminated), self._flags("truncated", truncated)
         ended = terminated | truncated
-        successor = observation
+        successor, success = observation, None
         self._resetting = np.zeros(self.num_envs, bool)
         if ended.any():
+            success = self._success(infos, np.flatnonzero(ended))
             if self._mode is AutoresetMode.SAME_STEP:
                 successor = self._with_finals(observation, infos, ended)
             elif self._mode is AutoresetMode.DISABLED:
@@ -116,7 +117,8 @@ class VectorEnvs:
         fields = (successor, reward, terminated, truncated)
         if len(acted) < self.num_envs:
             fields = map_nest(lambda leaf: leaf[acted], fields)
-        return Outcome(*fields, ready=self._ready(observation, infos))
+            success = None if success is None else success[acted]
+        return Outcome(*fields, ready=self._ready(observation, infos), success=success)
 
     def close(self) -> None:
         """Close the vector environment."""
@@ -177,6 +179,17 @@ class VectorEnvs:
             return np.array(seeds)
         # Environments that are vectors by themselves take one seed for all, when all begin.
         return seeds[0] if len(rows) == self.num_envs else None
+
+    def _success(self, infos: dict[str, Any], rows: ndarray) -> Float64[ndarray, " N"] | None:
+        """Read which of the episodes that ended succeeded; None where the infos tell nothing."""
+        told = infos.get("final_info", {}) if self._mode is AutoresetMode.SAME_STEP else infos
+        success = np.full(self.num_envs, np.nan)
+        for row in rows:
+            # A dict of arrays, where "_key" says for which rows the environment gave "key", or one dict for each row.
+            of_row = _row_of(told, row) if isinstance(told, dict) else told[row]
+            value = success_of(of_row or {})
+            success[row] = np.nan if value is None else value
+        return None if np.isnan(success).all() else success
 
     def _with_finals(self, observation: Nest, infos: dict[str, Any], ended: Bool[ndarray, " N"]) -> Nest:
         finals = infos.get("final_obs")
@@ -257,6 +270,11 @@ class VectorEnvs:
 
     def _where(self, row: int) -> str:
         return f"{self.name}: env {row} of {self.num_envs}"
+
+
+def _row_of(infos: dict[str, Any], row: int) -> dict[str, Any]:
+    keys = [key for key in SUCCESS_KEYS if key in infos]
+    return {key: infos[key][row] for key in keys if f"_{key}" not in infos or infos[f"_{key}"][row]}
 
 
 def _autoreset_mode(envs: VectorEnv, name: str) -> AutoresetMode:

@@ -379,3 +379,37 @@ def test_vector_envs_masks_are_those_of_the_rows_that_act(mode, at_end):
     for _ in range(25):
         next(rollout)
     assert [r.length for r in rollout.statistics.window if r.env_id == 0][:4] == [2, 3, 4, 2]
+
+
+# Success.
+
+
+class Succeeds(IdentifiableEnv):
+    """Tells at the end of an episode whether its number is even, but not in every third one."""
+
+    def step(self, action):
+        *rest, _ = super().step(action)
+        told = self.step_in_episode == self.length and self.episode % 3 != 2
+        return *rest, {"is_success": self.episode % 2 == 0, "other": 1} if told else {}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_vector_envs_success_is_told_for_the_episodes_that_tell_it(mode):
+    envs = VectorEnvs(SyncVectorEnv(makers(kind=Succeeds), autoreset_mode=mode))
+    ready, told = envs.reset(0, [0, 0]), []
+    for _ in range(14):
+        acted = ready.env_ids
+        outcome = envs.step(np.zeros(len(acted), np.int64))
+        if outcome.success is not None:
+            told += [(int(outcome.next_observation[row, 1]), outcome.success[row]) for row in range(len(acted))]
+        ready = outcome.ready
+    assert told[:6] == [(0, 1.0)] * 2 + [(1, 0.0)] * 2 + [(3, 0.0)] * 2
+
+
+def test_vector_envs_success_of_one_row_leaves_the_others_untold():
+    build = [lambda: Succeeds(0, lengths=[1]), lambda: IdentifiableEnv(1, lengths=[1])]
+    envs = VectorEnvs(SyncVectorEnv(build, autoreset_mode=AutoresetMode.SAME_STEP))
+    envs.reset(0, [0, 0])
+    success = envs.step(np.zeros(2, np.int64)).success
+    assert success is not None
+    assert (success[0], bool(np.isnan(success[1]))) == (1.0, True)
