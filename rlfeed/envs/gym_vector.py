@@ -30,6 +30,7 @@ class VectorEnvs:
         name: What to call it in errors.
         numbered: Whether every sub-environment is wrapped in `NumberedEpisodes`.
         step_timeout_s: How long the processes of an `AsyncVectorEnv` may take for a step or a reset, in seconds.
+        observation_space: Of one environment, where it is another than the vector environment says.
 
     Raises:
         ConfigError: If the environment does not say its autoreset mode, or has one environment twice.
@@ -38,7 +39,13 @@ class VectorEnvs:
     """
 
     def __init__(
-        self, envs: VectorEnv, name: str | None = None, *, numbered: bool = False, step_timeout_s: float = 60.0
+        self,
+        envs: VectorEnv,
+        name: str | None = None,
+        *,
+        numbered: bool = False,
+        step_timeout_s: float = 60.0,
+        observation_space: Any = None,
     ) -> None:
         base: Any = envs.unwrapped
         self.name: str = name or getattr(envs.spec, "id", None) or type(base).__name__
@@ -52,7 +59,7 @@ class VectorEnvs:
                 f"{self.name}: gives batches of {batch_size} of its {self.num_envs} environments; expected all of them "
                 "in each step. Leave out batch_size."
             )
-        self.observation_space: Any = envs.single_observation_space
+        self.observation_space: Any = observation_space or envs.single_observation_space
         self.action_space: Any = envs.single_action_space
         self._envs, self._base, self._numbered = envs, base, numbered
         self._watch = AsyncWatch(base, self.name, step_timeout_s) if isinstance(base, AsyncVectorEnv) else None
