@@ -2,16 +2,19 @@
 
 from rlfeed.envs.autoreset import Envs, Outcome, Ready
 from rlfeed.envs.check import Finding, check_env
+from rlfeed.envs.envpool import EnvPoolEnvs
 from rlfeed.envs.gym_vector import VectorEnvs
 from rlfeed.envs.make import as_envs, make_envs
 from rlfeed.envs.model import ModelEnvs
 from rlfeed.envs.moments import RunningMoments
 from rlfeed.envs.normalize import NormalizedEnvs
+from rlfeed.envs.pettingzoo import ParallelEnvs
 from rlfeed.envs.seeds import NumberedEpisodes, episode_seed
 from rlfeed.envs.serial import SerialEnvs
 from rlfeed.envs.source import EnvSource
 
 __all__ = [
+    "EnvPoolEnvs",
     "EnvSource",
     "Envs",
     "Finding",
@@ -19,6 +22,7 @@ __all__ = [
     "NormalizedEnvs",
     "NumberedEpisodes",
     "Outcome",
+    "ParallelEnvs",
     "Ready",
     "RunningMoments",
     "SerialEnvs",

@@ -253,7 +253,7 @@ def success_of(info: Mapping[str, Any]) -> float | None:
     Returns:
         ``info["is_success"]`` or ``info["success"]`` as a number; None where it tells nothing.
     """
-    told = next((info[key] for key in SUCCESS_KEYS if info.get(key) is not None), None)
+    told: Any = next((info[key] for key in SUCCESS_KEYS if info.get(key) is not None), None)
     return float(told) if np.shape(told) == () and _is_real(told) else None
 
 

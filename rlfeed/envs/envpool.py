@@ -1,5 +1,6 @@
 """EnvPool's environments behind the one contract: many in one process, stepped by threads of their own."""
 
+import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -37,10 +38,11 @@ class EnvPoolEnvs(VectorEnvs):
     def __init__(
         self, pool: VectorEnv, name: str | None = None, *, make: Callable[[Sequence[int]], VectorEnv] | None = None
     ) -> None:
-        players = pool.unwrapped.config.get("max_num_players", 1)  # pyright: ignore[reportAttributeAccessIssue]
+        base: Any = pool.unwrapped
+        players = base.config.get("max_num_players", 1)
         if players > 1:
             raise UnsupportedError(
-                f"{name or type(pool.unwrapped).__name__}: its environments have up to {players} players; expected one "
+                f"{name or type(base).__name__}: its environments have up to {players} players; expected one "
                 "row for each environment. Use a task of one player."
             )
         _declare(pool)
@@ -55,8 +57,8 @@ class EnvPoolEnvs(VectorEnvs):
             self._envs = self._base = pool
         return super().reset(seed, first_episodes)
 
-    def _seeds(self, _: ndarray) -> None:
-        return None
+    def _seeds(self, rows: ndarray) -> None:
+        """Give none: a pool warns of seeds at a reset."""
 
 
 def is_envpool(envs: Any) -> bool:
@@ -89,7 +91,7 @@ def make_envpool(task: str, num_envs: int, kwargs: Mapping[str, Any]) -> EnvPool
         EnvMakeError: If EnvPool cannot make them.
     """
     try:
-        import envpool
+        envpool: Any = importlib.import_module("envpool")
     except ImportError as error:
         raise EnvNotFoundError(
             f"envpool:{task}: EnvPool cannot be imported ({error}); expected it to be installed. "

@@ -9,17 +9,20 @@ import gymnasium
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from rlfeed.envs.autoreset import Envs
+from rlfeed.envs.envpool import EnvPoolEnvs, is_envpool
+from rlfeed.envs.foreign import foreign_envs, native_envs
 from rlfeed.envs.group import check_distinct
 from rlfeed.envs.gym_vector import VectorEnvs
+from rlfeed.envs.pettingzoo import ParallelEnvs, is_parallel
 from rlfeed.envs.seeds import NumberedEpisodes
 from rlfeed.envs.serial import SerialEnvs
 from rlfeed.envs.source import EnvSource, Wrapper
 from rlfeed.errors import ConfigError, suggest
 from rlfeed.processes import undecided
 
-EnvsMode = Literal["auto", "serial", "sync", "async"]
+EnvsMode = Literal["auto", "serial", "sync", "async", "vector"]
 Autoreset = Literal["same_step", "next_step", "disabled"]
-MODES = ("auto", "serial", "sync", "async")
+MODES = ("auto", "serial", "sync", "async", "vector")
 AUTORESETS = {
     "same_step": AutoresetMode.SAME_STEP,
     "next_step": AutoresetMode.NEXT_STEP,
@@ -54,13 +57,15 @@ def make_envs(
     Args:
         id_or_callable: A Gymnasium id, ``path/to/file.py:ClassName`` (or ``path/to/file.py`` when it has one
             environment class), ``package.module:ClassName``, ``package.module:Env-v0``, an environment class, or a
-            function that returns an environment.
+            function that returns an environment; ``envpool:Task-v1``; ``pettingzoo:package.module``, whose agents are
+            rows, or a class of PettingZoo's parallel interface.
         num_envs: How many, at least 1.
         kwargs: Arguments of the constructor.
         wrappers: Functions from environment to environment, applied in order.
         mode: ``"serial"`` steps them in this process (``"auto"`` is that), ``"sync"`` and ``"async"`` through
             Gymnasium's vector environments, the latter with one process each (never forked, so that a script that
-            uses it needs ``if __name__ == "__main__":``).
+            uses it needs ``if __name__ == "__main__":``). ``"vector"`` is the id's own vector implementation: all
+            rows begin with one seed, later episodes have none, and rollouts of one seed are alike all the same.
         autoreset: How Gymnasium's vector environments reset; what comes out is the same.
 
     Returns:
@@ -81,7 +86,14 @@ def make_envs(
             f"make_envs: autoreset is {autoreset!r}; expected one of {tuple(AUTORESETS)}."
             f"{suggest(str(autoreset), AUTORESETS)}"
         )
+    foreign = foreign_envs(id_or_callable, num_envs, dict(kwargs or {}), wrappers)
+    if foreign is not None:
+        if mode != "auto":
+            raise ConfigError(f"make_envs: mode is {mode!r}; expected 'auto' for {foreign.name}. Leave it out.")
+        return foreign
     source = EnvSource(id_or_callable, dict(kwargs or {}), tuple(wrappers))
+    if mode == "vector":
+        return native_envs(source, num_envs, AUTORESETS[autoreset])
     if mode in ("auto", "serial"):
         return SerialEnvs([source() for _ in range(num_envs)], source.name)
     makers = [_NumberedSource(source, env_id, num_envs) for env_id in range(num_envs)]
@@ -99,7 +111,8 @@ def as_envs(envs: Envs | gymnasium.Env | VectorEnv) -> Envs:
     """Take environments in any of the forms that `Rollout` accepts.
 
     Args:
-        envs: `Envs`, one `gymnasium.Env`, or a `gymnasium.vector.VectorEnv`.
+        envs: `Envs`, one `gymnasium.Env`, a `gymnasium.vector.VectorEnv`, an environment of EnvPool, or one of
+            PettingZoo's parallel interface.
 
     Returns:
         The same as `Envs`.
@@ -107,12 +120,16 @@ def as_envs(envs: Envs | gymnasium.Env | VectorEnv) -> Envs:
     Raises:
         ConfigError: If it is none of these.
     """
+    if is_envpool(envs):
+        return EnvPoolEnvs(envs)  # pyright: ignore[reportArgumentType]
+    if isinstance(envs, VectorEnv):  # before Env: some are both
+        return VectorEnvs(envs)
     if isinstance(envs, gymnasium.Env):
         return SerialEnvs([envs])
-    if isinstance(envs, VectorEnv):
-        return VectorEnvs(envs)
     if isinstance(envs, Envs):
         return envs
+    if is_parallel(envs):
+        return ParallelEnvs([envs])
     raise ConfigError(
         f"envs: is {envs!r}; expected what make_envs gives, a gymnasium.Env or a gymnasium.vector.VectorEnv. "
         f"Write make_envs({envs!r})."

@@ -7,7 +7,7 @@ import numpy as np
 from numpy import ndarray
 
 from rlfeed.envs.autoreset import Outcome, Ready
-from rlfeed.envs.boundary import ObservationCheck, check_flags, check_rewards, stack_masks, success_of
+from rlfeed.envs.boundary import ObservationCheck, check_rewards, flag_of, stack_masks, success_of
 from rlfeed.envs.group import split_rows
 from rlfeed.envs.seeds import episode_seed, failed
 from rlfeed.errors import ConfigError, EnvContractError
@@ -90,8 +90,8 @@ class ParallelEnvs:
             return self._where(acted[i])
 
         reward = check_rewards(rewards, where)
-        terminations = check_flags("terminated", terminated, where)
-        truncations = check_flags("truncated", truncated, where)
+        terminations = np.array([flag_of("terminated", value, i, where) for i, value in enumerate(terminated)])
+        truncations = np.array([flag_of("truncated", value, i, where) for i, value in enumerate(truncated)])
         successor = self._check.stack(observations, where)
         ended = terminations | truncations
         success = None

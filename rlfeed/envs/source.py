@@ -61,7 +61,7 @@ class EnvSource:
             ConfigError: If it is no `gymnasium.Env`, or does not take the arguments.
             EnvMakeError: If the constructor or a wrapper raised; its traceback is in the message.
         """
-        maker = self._find()
+        maker = self.find()
         self._check_kwargs(maker)
         try:
             env = self._build(maker)
@@ -81,7 +81,17 @@ class EnvSource:
             raise ConfigError(_no_env(self.name, type(env)))
         return env
 
-    def _find(self) -> Any:
+    def find(self) -> Any:
+        """Find what makes the environment, without making it.
+
+        Returns:
+            A Gymnasium spec, a class, or a function.
+
+        Raises:
+            EnvNotFoundError: If the id, file, module or class is not there.
+            EnvMakeError: If importing it raised.
+            ConfigError: If it makes no `gymnasium.Env`.
+        """
         target = self.target
         if callable(target):
             if isinstance(target, type) and not issubclass(target, gymnasium.Env):
@@ -242,6 +252,11 @@ def _from_module(module: ModuleType, place: str, attribute: str) -> Any:
 
 
 def _no_env(name: str, found: type) -> str:
+    if callable(getattr(found, "observation_space", None)):  # a function of the agent, as PettingZoo has it
+        return (
+            f"{name}: is a {found.__name__} of PettingZoo; expected a gymnasium.Env. Write make_envs('pettingzoo:...') "
+            "with the module that makes it, or give ParallelEnvs([...]) to Rollout."
+        )
     old = any(base.__module__.partition(".")[0] == "gym" for base in found.__mro__)
     bases = "the old gym.Env" if old else ", ".join(base.__name__ for base in found.__bases__)
     return (
