@@ -76,7 +76,7 @@ def test_envpool_that_cannot_be_rows_is_refused(kwargs, part):
 
 
 def test_make_envs_envpool_takes_no_wrappers_and_no_mode(monkeypatch):
-    with pytest.raises(ConfigError, match="wrappers .* are for single environments"):
+    with pytest.raises(ConfigError, match=r"wrappers .* are for single environments"):
         make_envs("envpool:CartPole-v1", wrappers=[gymnasium.wrappers.RecordEpisodeStatistics])
     monkeypatch.setattr("rlfeed.envs.foreign.make_envpool", lambda task, n, kwargs: EnvPoolEnvs(pool(n), task))
     assert make_envs("envpool:CartPole-v1", 3).num_envs == 3
@@ -149,5 +149,5 @@ def test_real_envpool_errors_name_task_and_setting():
     real()
     with pytest.raises(EnvNotFoundError, match="Did you mean 'CartPole-v1'"):
         make_envs("envpool:CartPol-v1")
-    with pytest.raises(ConfigError, match="has no setting num_thread; expected some of .*Did you mean 'num_threads'"):
+    with pytest.raises(ConfigError, match=r"has no setting num_thread; expected some of .*Did you mean 'num_threads'"):
         make_envs("envpool:CartPole-v1", kwargs={"num_thread": 2})
