@@ -203,3 +203,18 @@ def how_it_ended(code: int | None) -> str:
         name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
         return f"was killed by {name}"
     return f"ended with exit code {code}" if code is not None else "hung up"
+
+
+def has_guard() -> bool:
+    """Tell whether the script that runs here can be imported by processes it starts without running once more.
+
+    Returns:
+        False where it has a file, and nowhere in it stands ``__name__``.
+    """
+    path = getattr(sys.modules.get("__main__"), "__file__", None)
+    if path is None:
+        return True
+    try:
+        return "__name__" in Path(path).read_text(errors="replace")
+    except OSError:
+        return False

@@ -10,6 +10,7 @@ from rlfeed.errors import ConfigError, RlfeedError, suggest
 
 OnFault = Literal["raise", "restart"]
 ON_FAULT = ("raise", "restart")
+MAX_RESTARTS = 5  # in a row
 KEPT = 100  # faults that are kept to look at
 _FORGET_S = 600.0  # without a fault
 _FIRST_WAIT_S, _MOST_WAIT_S = 0.1, 5.0

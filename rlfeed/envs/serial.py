@@ -7,12 +7,10 @@ import numpy as np
 
 from rlfeed.envs.autoreset import Outcome, Ready
 from rlfeed.envs.boundary import mask_length
-from rlfeed.envs.faults import Fault, FaultPolicy, OnFault
+from rlfeed.envs.faults import MAX_RESTARTS, Fault, FaultPolicy, OnFault
 from rlfeed.envs.group import EnvGroup, Faults, check_distinct, split_rows
 from rlfeed.errors import ConfigError
 from rlfeed.nest import Nest, leaves, map_nest
-
-MAX_RESTARTS = 5
 
 
 class SerialEnvs:

@@ -1,0 +1,213 @@
+"""The processes of a worker pool as their parent sees them: started, told, waited for, buried."""
+
+import os
+import select
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from rlfeed.envs.slab import IDLE, Slab
+from rlfeed.envs.worker import CLOSE, FINE, Job, Report, work
+from rlfeed.errors import ConfigError, WorkerError
+from rlfeed.processes import Lifeline, how_it_ended, undecided, uninterrupted
+
+_GRACE_S = 2.0  # for environments to close, and for a process that has hung up to end
+_LOOK_S = 0.5  # between looks at workers that are late
+
+
+class Crew:
+    """Run one process for each worker and speak with it: a byte to it, a byte back.
+
+    Args:
+        name: What the environments are called.
+        jobs: Gives the job of a worker.
+        slab: What is shared.
+        rows: The first and the last-but-one row of each worker.
+        context: How processes are started.
+        call_timeout_s: Seconds that one call of an environment may take.
+        start_timeout_s: Seconds that a process may take to make its environments.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        jobs: Callable[[int, Lifeline], Job],
+        slab: Slab,
+        rows: Sequence[tuple[int, int]],
+        context: Any,
+        call_timeout_s: float,
+        start_timeout_s: float,
+    ) -> None:
+        self._name, self._jobs, self._slab, self._context = name, jobs, slab, context
+        self._sizes = [end - first for first, end in rows]
+        self._call_timeout_s, self._start_timeout_s = call_timeout_s, start_timeout_s
+        self._line = Lifeline()
+        self.processes: list[Any] = [None] * len(rows)
+        self._pipes: list[Any] = [None] * len(rows)
+        self._poll = select.poll()
+        self._owner: dict[int, int] = {}
+        self._sent_s = [0.0] * len(rows)
+        self.flying: set[int] = set()  # workers that have been told something and have not answered
+        self.reports: dict[int, Report] = {}  # what they said went wrong, until it has been dealt with
+        self.dead: dict[int, str] = {}  # how they ended, until they have been replaced
+        self.end = weakref.finalize(self, _end, os.getpid(), self.processes, self._pipes, self._line)
+
+    def start(self, workers: Sequence[int]) -> None:
+        """Start workers and wait until they have made their environments.
+
+        Args:
+            workers: Which.
+
+        Raises:
+            ConfigError: If what makes the environments cannot be sent to another process.
+            WorkerError: If one ends before, or takes too long.
+        """
+        for worker in workers:
+            self._launch(worker)
+        self.flying.update(workers)
+        deadline_s = time.monotonic() + self._start_timeout_s
+        while waiting := self.flying.intersection(workers):
+            if time.monotonic() > deadline_s:
+                raise WorkerError(
+                    f"{self._name}: workers {sorted(waiting)} did not make their environments within "
+                    f"{self._start_timeout_s:g} s; expected them by then. See what the constructor waits for."
+                )
+            for worker in self._listen(waiting):
+                if worker in self.dead:
+                    raise WorkerError(
+                        f"{self._name}: worker {worker} {self.dead[worker]} before its environments were made. A "
+                        "script that starts processes needs `if __name__ == '__main__':` around what it does; its own "
+                        "output says more."
+                    )
+
+    def tell(self, worker: int, command: bytes) -> None:
+        """Tell a worker to do something.
+
+        Args:
+            worker: Which.
+            command: What.
+        """
+        self._sent_s[worker] = time.monotonic()
+        self.flying.add(worker)
+        with suppress(OSError):  # it is dead: whoever waits for its answer will see
+            os.write(self._pipes[worker][0].fileno(), command)
+
+    def wait(self, enough: int, only: Iterable[int] | None = None) -> list[int]:
+        """Wait until workers have answered, have died, or had to be ended.
+
+        Args:
+            enough: How many environments they must have in all; or until nobody is left to wait for.
+            only: Wait for these workers; None: for whoever has been told something.
+
+        Returns:
+            The workers, ascending.
+        """
+        came: list[int] = []
+        waiting = self.flying if only is None else self.flying.intersection(only)
+        while waiting and sum(self._sizes[worker] for worker in came) < enough:
+            heard = self._listen(waiting) or self._late(waiting)
+            came += heard
+            waiting = waiting.difference(heard)
+        return sorted(came)
+
+    def _launch(self, worker: int) -> None:
+        self.dead.pop(worker, None)
+        theirs_in, mine_out = self._context.Pipe(duplex=False)
+        mine_in, theirs_out = self._context.Pipe(duplex=False)
+        process = self._context.Process(
+            target=work, args=(self._jobs(worker, self._line), theirs_in, theirs_out), name=f"rlfeed-envs-{worker}",
+            daemon=True,
+        )
+        try:
+            with uninterrupted(), undecided():
+                process.start()
+        except Exception as error:
+            mine_out.close()
+            mine_in.close()
+            raise ConfigError(
+                f"{self._name}: worker {worker} could not be started: {type(error).__name__}: {error}; expected an "
+                "environment that can be made in another process. Name it by id, file or module, or pass a class or "
+                "function from the top level of a module."
+            ) from error
+        finally:
+            theirs_in.close()
+            theirs_out.close()
+        self.processes[worker], self._pipes[worker] = process, (mine_out, mine_in)
+        self._poll.register(mine_in, select.POLLIN)
+        self._owner[mine_in.fileno()] = worker
+
+    def _listen(self, waiting: set[int]) -> list[int]:
+        """Hear which of some workers have answered or died."""
+        poll = self._poll
+        if len(waiting) < len(self._owner):  # the others' answers are for later, and would not let it sleep
+            poll = select.poll()
+            for handle, worker in self._owner.items():
+                if worker in waiting:
+                    poll.register(handle, select.POLLIN)
+        heard = [self._owner[handle] for handle, _ in poll.poll(1e3 * min(_LOOK_S, self._call_timeout_s))]
+        for worker in heard:
+            self._hear(worker)
+        return heard
+
+    def _hear(self, worker: int) -> None:
+        self.flying.discard(worker)
+        pipe = self._pipes[worker][1]
+        try:
+            answer = os.read(pipe.fileno(), 1)
+            if answer == FINE:
+                return
+            if answer:
+                self.reports[worker] = pipe.recv()
+                return
+        except (EOFError, OSError):
+            pass
+        self._bury(worker, None)
+
+    def _late(self, waiting: set[int]) -> list[int]:
+        """End workers whose environment takes too long over one call."""
+        now_s, late = time.monotonic(), []
+        for worker in sorted(waiting):
+            doing, since_ns = (int(n) for n in self._slab.calls[worker, 1:3])
+            since_s = max(self._sent_s[worker], since_ns * 1e-9 if doing != IDLE else 0.0)
+            if now_s - since_s > self._call_timeout_s:
+                self.flying.discard(worker)
+                self._bury(worker, f"did not return within {self._call_timeout_s:g} s, and its process was ended")
+                late.append(worker)
+        return late
+
+    def _bury(self, worker: int, how: str | None) -> None:
+        process = self.processes[worker]
+        if how is None:
+            process.join(_GRACE_S)
+        if process.is_alive():
+            process.kill()
+            process.join(_GRACE_S)
+        self.dead[worker] = how or how_it_ended(process.exitcode)
+        out, back = self._pipes[worker]
+        self._poll.unregister(back)
+        del self._owner[back.fileno()]
+        out.close()
+        back.close()
+
+
+def _end(owner: int, processes: list[Any], pipes: list[Any], line: Lifeline) -> None:
+    if owner != os.getpid():  # a forked child: they are not its workers
+        return
+    for pipe in pipes:
+        if pipe is not None and not pipe[0].closed:
+            with suppress(OSError):
+                os.write(pipe[0].fileno(), CLOSE)
+    deadline_s = time.monotonic() + _GRACE_S
+    for process in processes:
+        if process is not None:
+            process.join(max(0.0, deadline_s - time.monotonic()))
+    for process in processes:
+        if process is not None and process.is_alive():
+            process.kill()
+            process.join(_GRACE_S)
+    for pipe in pipes:
+        for end in pipe or ():
+            end.close()
+    line.close()

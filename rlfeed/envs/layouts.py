@@ -1,0 +1,142 @@
+"""How many processes to step environments in: decided by a short measurement, and said."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+
+from rlfeed.envs.seeds import episode_seed
+from rlfeed.errors import ConfigError
+from rlfeed.processes import has_guard, processors
+
+_SECONDS, _LEAST_STEPS = 0.1, 20  # of the measurement
+_ROW_S = 3e-6  # to check and copy one row, beside the environment's own step
+_SIGNAL_S, _COLLECT_S, _COPY_S = 15e-6, 30e-6, 0.5e-6  # a worker told and heard; a batch taken; a row of it
+# Processes take time to start, memory and a processor each, and a policy waits for them: they are worth it from about
+# 35 us a step with 32 environments, and not with 8 (HalfCheetah on two processors).
+_WORTH, _WORTH_S = 1.5, 1e-3  # times as fast; seconds that a step of all environments takes in one process
+
+Layout = str | int | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Say where environments are stepped, and why.
+
+    Args:
+        workers: Processes; 0 means in this one.
+        why: The reason, with the numbers.
+    """
+
+    workers: int
+    why: str
+
+
+def measure_step(env: gymnasium.Env, light_s: float = 0.0) -> float:
+    """Measure how long an environment takes for a step, its share of resets included, with random actions.
+
+    Args:
+        env: The environment; it is used up.
+        light_s: Below this a rough figure will do.
+
+    Returns:
+        Seconds.
+    """
+    env.action_space.seed(0)
+    env.reset(seed=episode_seed(0, 0, 0))  # the first one may load what later ones have
+    env.step(env.action_space.sample())
+    steps, began_s, step_s = 0, time.perf_counter(), 0.0
+    env.reset(seed=episode_seed(0, 0, 1))
+    while steps < _LEAST_STEPS or (step_s > light_s and steps * step_s < _SECONDS):
+        _, _, terminated, truncated, _ = env.step(env.action_space.sample())
+        steps += 1
+        if terminated or truncated:
+            env.reset(seed=episode_seed(0, 0, 1 + steps))
+        step_s = (time.perf_counter() - began_s) / steps
+        if steps * step_s > 50 * _SECONDS:
+            break
+    return step_s
+
+
+def suggest_layout(step_s: float, num_envs: int, cores: int | None = None) -> Choice:
+    """Choose in how many processes environments are stepped fastest.
+
+    Args:
+        step_s: Seconds that one step of one environment takes.
+        num_envs: N.
+        cores: Processors; None counts those of this process.
+
+    Returns:
+        The choice.
+    """
+    cores = cores or processors()
+    alone_s = num_envs * (step_s + _ROW_S)
+
+    def pooled_s(workers: int) -> float:
+        fullest = -(-num_envs // workers)
+        return fullest * (step_s + _ROW_S) + workers * _SIGNAL_S + _COLLECT_S + num_envs * _COPY_S
+
+    text = f"a step takes {1e6 * step_s:.0f} us and there are {num_envs} environments and {cores} processors: "
+    counts = range(2, min(cores, num_envs) + 1)
+    workers = min(counts, key=pooled_s, default=0)
+    if not workers:
+        return Choice(0, text + "this process, there is nothing to share out")
+    gain = alone_s / pooled_s(workers)
+    if gain < _WORTH or alone_s < _WORTH_S:
+        return Choice(0, text + f"this process, {workers} workers would be {gain:.1f} times as fast")
+    return Choice(workers, text + f"{workers} workers, about {gain:.1f} times as fast as this process")
+
+
+def choose_layout(make: Any, num_envs: int, layout: Layout, *, mode: str) -> Choice:
+    """Decide in how many processes environments are stepped.
+
+    Args:
+        make: Makes one environment.
+        num_envs: N.
+        layout: ``"auto"``; a number of workers; or (workers, environments in each), also as ``"2x4"``.
+        mode: ``"auto"`` measures and may stay in this process; ``"pool"`` has a worker for each processor.
+
+    Returns:
+        The choice.
+
+    Raises:
+        ConfigError: If the layout does not fit.
+    """
+    if layout != "auto":
+        return Choice(_workers_of(layout, num_envs), "as asked for")
+    cores = processors()
+    if mode == "pool":  # nobody steps an environment in this process that a pool was asked for
+        return Choice(min(num_envs, cores), f"one worker for each of {cores} processors, at most one an environment")
+    if min(num_envs, cores) < 2:
+        return Choice(0, f"this process, there is one {'environment' if num_envs < 2 else 'processor'}")
+    env = make()
+    try:
+        step_s = measure_step(env, _WORTH_S / 3 / num_envs)
+    except Exception as error:  # whoever plays it will name it
+        return Choice(0, f"this process, its measurement raised {type(error).__name__}: {error}")
+    finally:
+        env.close()
+    choice = suggest_layout(step_s, num_envs, cores)
+    if choice.workers and not has_guard():
+        return Choice(0, choice.why + ", but the script has no `if __name__ == '__main__':`, which processes need")
+    return choice
+
+
+def _workers_of(layout: Any, num_envs: int) -> int:
+    wanted = layout
+    if isinstance(layout, str) and layout.count("x") == 1 and all(part.isdigit() for part in layout.split("x")):
+        wanted = tuple(int(part) for part in layout.split("x"))
+    if isinstance(wanted, str) and wanted.isdigit():
+        wanted = int(wanted)
+    if isinstance(wanted, int) and not isinstance(wanted, bool) and 1 <= wanted <= num_envs:
+        return wanted
+    if isinstance(wanted, Sequence) and not isinstance(wanted, str) and len(wanted) == 2:
+        workers, each = wanted
+        if isinstance(workers, int) and isinstance(each, int) and workers >= 1 and workers * each == num_envs:
+            return workers
+    raise ConfigError(
+        f"make_envs: layout is {layout!r} for {num_envs} environments; expected 'auto', a number of worker processes "
+        f"from 1 to {num_envs}, or (workers, environments in each) whose product is {num_envs}."
+    )

@@ -1,0 +1,311 @@
+"""Environments in worker processes, several in each, over memory that all share.
+
+A worker steps its environments one after the other and tells with one byte that all are through; observations, rewards
+and actions never leave the shared memory. The parent watches: an environment that raises, hangs, or takes its process
+with it costs the step in flight, and the run goes on.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int64
+from numpy import ndarray
+
+import rlfeed.errors
+from rlfeed.envs.autoreset import Outcome, Ready
+from rlfeed.envs.boundary import ObservationCheck, mask_length
+from rlfeed.envs.crew import Crew
+from rlfeed.envs.faults import MAX_RESTARTS, Fault, FaultPolicy, OnFault
+from rlfeed.envs.group import rows_of
+from rlfeed.envs.seeds import episode_seed
+from rlfeed.envs.slab import FLIGHT, IDLE, MOVED, RESET, STEP, Slab
+from rlfeed.envs.source import EnvSource
+from rlfeed.envs.worker import BEGIN, START, Job
+from rlfeed.envs.worker import STEP as STEP_NOW
+from rlfeed.errors import ConfigError, EnvFailedError, RlfeedError, WorkerError
+from rlfeed.nest import Nest, leaves, map_nest
+from rlfeed.processes import Lifeline, choose_context, context_of
+from rlfeed.specs import from_space
+
+
+class PoolEnvs:
+    """Step environments in worker processes.
+
+    Args:
+        source: Makes one environment, also in another process.
+        num_envs: N.
+        workers: Processes, at most N; environments are shared out evenly.
+        min_ready: How many environments a step waits for; the others follow when they are ready. None waits for all:
+            the only way that is repeatable.
+        on_fault: What to do when an environment breaks: ``"restart"``, which loses the step and begins a new episode,
+            or ``"raise"``.
+        max_restarts: How often in a row one is begun anew.
+        step_timeout_s: Seconds that one call of reset() or step() may take.
+        start_timeout_s: Seconds that a process may take to make its environments.
+        context: How processes are started: a start method or context of `multiprocessing`; None chooses.
+
+    Raises:
+        ConfigError: If an argument is wrong.
+        SpaceError: If the observation space cannot be stored.
+        EnvMakeError: If an environment cannot be made.
+        WorkerError: If a process does not start.
+    """
+
+    def __init__(
+        self,
+        source: EnvSource,
+        num_envs: int,
+        workers: int,
+        *,
+        min_ready: int | None = None,
+        on_fault: OnFault = "restart",
+        max_restarts: int = MAX_RESTARTS,
+        step_timeout_s: float = 60.0,
+        start_timeout_s: float = 120.0,
+        context: Any = None,
+    ) -> None:
+        _check_numbers(num_envs, workers, min_ready, step_timeout_s, start_timeout_s)
+        self.name, self.num_envs, self._source = source.name, num_envs, source
+        env = source()
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+        env.close()
+        self._check = ObservationCheck(self.observation_space)
+        self._policy = FaultPolicy(self.name, on_fault, max_restarts)
+        self._enough = num_envs if min_ready is None else min_ready
+        bounds = [round(worker * num_envs / workers) for worker in range(workers + 1)]
+        self._rows = list(pairwise(bounds))
+        specs = from_space(self.observation_space, "observation_space"), from_space(self.action_space, "action_space")
+        self._slab = Slab(*specs, mask_length(self.action_space), num_envs, workers)
+        self._all = np.arange(num_envs, dtype=np.int64)
+        self._all.flags.writeable = False
+        self._seed, self._masked = 0, False
+        self._lengths = np.zeros(num_envs, np.int64)  # steps of the open episodes
+        self._acted = self._check.empty(num_envs)  # observations that were acted on: they stand for what is lost
+        self._ready = Ready(self._all, ())
+        context = choose_context(context_of(context))
+        self._crew = Crew(self.name, self._job, self._slab, self._rows, context, step_timeout_s, start_timeout_s)
+        self._start(range(workers))
+
+    @property
+    def layout(self) -> tuple[int, int]:
+        """Say how the environments are shared out.
+
+        Returns:
+            Processes, and environments in the fullest one.
+        """
+        return len(self._rows), max(end - first for first, end in self._rows)
+
+    @property
+    def faults(self) -> Sequence[Fault]:
+        """List how environments broke: the last hundred times.
+
+        Returns:
+            The faults, oldest first.
+        """
+        return tuple(self._policy.faults)
+
+    @property
+    def processes(self) -> list[int]:
+        """Name the worker processes.
+
+        Returns:
+            Their numbers, by worker.
+        """
+        return [process.pid for process in self._crew.processes]
+
+    def reset(self, seed: int, first_episodes: Sequence[int]) -> Ready:
+        """Begin an episode in every environment.
+
+        Args:
+            seed: The run's seed.
+            first_episodes: The episodes' numbers, one per environment.
+
+        Returns:
+            The first observations, of all environments.
+        """
+        crew, slab = self._crew, self._slab
+        crew.wait(self.num_envs)  # what is under way is of no use any more
+        crew.reports.clear()
+        self._seed, slab.calls[:, 3] = seed, seed
+        slab.episodes[:] = [int(n) for n in first_episodes]
+        self._lengths[:] = 0
+        for worker in range(len(self._rows)):
+            crew.tell(worker, START)
+        crew.wait(self.num_envs)
+        for worker in range(len(self._rows)):
+            self._settle(worker)
+        self._masked = bool(slab.calls[:, 4].any())
+        return self._show(self._all)
+
+    def step(self, action: Nest) -> Outcome:
+        """Take one step in the environments that are ready, and begin new episodes where one ended.
+
+        Args:
+            action: ``[k, ...]`` per leaf, one row for each environment that was ready.
+
+        Returns:
+            What became of these actions, or of earlier ones, and what to act on next.
+        """
+        acted, slab, crew = self._ready.env_ids, self._slab, self._crew
+        rows = slice(None) if len(acted) == self.num_envs else acted
+        for (_, target), (_, given) in zip(leaves(slab.action), leaves(action), strict=True):
+            target[rows] = given
+        for (_, kept), (_, shown) in zip(leaves(self._acted), leaves(self._ready.observation), strict=True):
+            kept[rows] = shown
+        self._lengths[rows] += 1
+        slab.stage[rows] = FLIGHT
+        for worker, (first, _) in enumerate(self._rows):
+            if worker not in crew.flying and (rows is not acted or first in acted):
+                crew.tell(worker, STEP_NOW)
+        workers = crew.wait(self._enough)
+        if len(workers) == len(self._rows):
+            return self._collect(workers, self._all, None)
+        ids = np.concatenate([self._all[slice(*self._rows[worker])] for worker in workers])
+        return self._collect(workers, ids, ids)
+
+    def close(self) -> None:
+        """End the worker processes, whatever they do."""
+        self._crew.end()
+
+    def _job(self, worker: int, line: Lifeline) -> Job:
+        spaces = self.observation_space, self.action_space
+        return Job(worker, self._rows[worker], self.num_envs, self._source, self.name, spaces, self._slab, line)
+
+    def _collect(self, workers: list[int], ids: Int64[ndarray, " k"], env_ids: ndarray | None) -> Outcome:
+        """Take what workers have written, see to what broke, and show what to act on next."""
+        slab, crew = self._slab, self._crew
+        reward, terminated, truncated = (column[ids] for column in (slab.reward, slab.terminated, slab.truncated))
+        broken = [worker for worker in workers if worker in crew.reports or worker in crew.dead]
+        lost = cut = success = None
+        if broken:
+            lost = (slab.stage[ids] == FLIGHT) | np.isin(ids, self._unsound(broken))
+            reward[lost], terminated[lost], truncated[lost] = 0.0, False, False
+        ended = terminated | truncated
+        if not broken and not np.count_nonzero(ended):
+            ready = self._show(ids)
+            return Outcome(ready.observation, reward, terminated, truncated, ready, env_ids=env_ids)
+        successor, over = self._successors(ids, lost), ids[ended]
+        if not np.isnan(told := slab.success[over]).all():
+            success = np.full(len(ids), np.nan)
+            success[ended] = told
+        slab.episodes[over] += 1
+        self._lengths[over] = 0
+        self._policy.ended(over.tolist())
+        if lost is not None:
+            replaced = [worker for worker in broken if self._settle(worker)]
+            if replaced:
+                cut = np.isin(ids, [i for worker in replaced for i in range(*self._rows[worker])]) & ~lost & ~ended
+        return Outcome(successor, reward, terminated, truncated, self._show(ids), lost, cut, env_ids, success)
+
+    def _successors(self, ids: Int64[ndarray, " k"], lost: Bool[ndarray, " k"] | None) -> Nest:
+        """Give what the environments returned for the actions, before new episodes began."""
+        moved = self._slab.stage[ids] == MOVED
+
+        def whole(now: ndarray, final: ndarray, acted: ndarray) -> ndarray:
+            out = now[ids]
+            out[moved] = final[ids[moved]]
+            if lost is not None:  # nobody knows what followed: what was acted on stands for it
+                out[lost] = acted[ids[lost]]
+            return out
+
+        return map_nest(whole, self._slab.observation, self._slab.final, self._acted)
+
+    def _unsound(self, workers: list[int]) -> list[int]:
+        """List rows whose result is there but wrong: a worker that died had no time to check it."""
+        slab, wrong = self._slab, []
+        for worker in workers:
+            for row in range(*self._rows[worker]) if worker in self._crew.dead else ():
+                written = slab.final if slab.stage[row] == MOVED else slab.observation
+                try:
+                    self._check.check(rows_of(written, row), str)
+                except RlfeedError:
+                    wrong.append(row)
+        return wrong
+
+    def _show(self, ids: Int64[ndarray, " m"]) -> Ready:
+        """Give what to act on next, in arrays that nobody writes any more."""
+        slab = self._slab
+        if len(ids) == self.num_envs:
+            mask = slab.mask.copy() if self._masked else None
+            self._ready = Ready(self._all, map_nest(np.copy, slab.observation), mask)
+        else:
+            mask = slab.mask[ids] if self._masked else None
+            self._ready = Ready(ids, map_nest(lambda column: column[ids], slab.observation), mask)
+        return self._ready
+
+    def _settle(self, worker: int) -> bool:
+        """Begin anew what broke in a worker until all its episodes have begun; tell whether it was replaced."""
+        crew, first, replaced = self._crew, self._rows[worker][0], False
+        while worker in crew.reports or worker in crew.dead:
+            if worker in crew.dead:
+                replaced = True
+                self._replace(worker)
+                continue
+            for row, kind, message in crew.reports.pop(worker):
+                error = getattr(rlfeed.errors, kind)(message)
+                if row < 0:
+                    raise error
+                self._policy.meet(first + row, int(self._slab.episodes[first + row]), error)
+                self._slab.episodes[first + row] += 1
+                self._lengths[first + row] = 0
+            crew.tell(worker, BEGIN)
+            crew.wait(self.num_envs, [worker])
+        return replaced
+
+    def _replace(self, worker: int) -> None:
+        """Have another process take over the environments of one that died."""
+        (first, end), slab = self._rows[worker], self._slab
+        row, doing = (int(n) for n in slab.calls[worker, :2])
+        guilty, how = first + row, self._crew.dead[worker]
+        open_ones = [i for i in range(first, end) if self._lengths[i] and (i != guilty or doing == IDLE)]
+        besides = f" So are those beside it, of env {', '.join(map(str, open_ones))}." if open_ones else ""
+        self._policy.meet(guilty, int(slab.episodes[guilty]), self._obituary(worker, guilty, doing, how), besides)
+        # An episode without a step is begun again, unless it was its beginning that failed.
+        slab.episodes[first:end] += self._lengths[first:end] > 0
+        slab.episodes[guilty] += doing == RESET and not self._lengths[guilty]
+        self._lengths[first:end] = 0
+        self._crew.reports.pop(worker, None)
+        slab.calls[worker] = 0
+        self._start([worker])
+        slab.calls[worker, 3] = self._seed
+        self._crew.tell(worker, START)
+        self._crew.wait(self.num_envs, [worker])
+
+    def _start(self, workers: Sequence[int]) -> None:
+        self._crew.start(workers)
+        for worker in workers:
+            for _, kind, message in self._crew.reports.pop(worker, ()):
+                raise getattr(rlfeed.errors, kind)(message)
+
+    def _obituary(self, worker: int, env_id: int, doing: int, how: str) -> RlfeedError:
+        """Say how a worker died, and over what."""
+        first, end = self._rows[worker]
+        process = f"worker {worker} (process {self._crew.processes[worker].pid}, environments {first} to {end - 1})"
+        if doing == IDLE:
+            return WorkerError(f"{self.name}: {process} {how} between two calls; expected it to live on.")
+        episode, length = int(self._slab.episodes[env_id]), int(self._lengths[env_id])
+        seed = episode_seed(self._seed, env_id, episode)
+        action = map_nest(lambda column: column[env_id].tolist(), self._slab.action)
+        call = f"step({action!r})" if doing == STEP else f"reset(seed={seed})"
+        advice = " Perhaps memory ran out: see the system's log." if "SIGKILL" in how else ""
+        return EnvFailedError(
+            f"{self.name}: env {env_id} of {self.num_envs}, step {length} of its episode {episode} (seed {seed}): "
+            f"{call} in {process} {how}. Play that episode in this process to see why (mode='serial').{advice}"
+        )
+
+
+def _check_numbers(
+    num_envs: int, workers: int, min_ready: int | None, step_timeout_s: float, start_timeout_s: float
+) -> None:
+    wrong = []
+    if not 1 <= workers <= num_envs:
+        wrong.append(f"layout: is {workers} workers for {num_envs} environments; expected 1 to {num_envs}.")
+    if min_ready is not None and (isinstance(min_ready, bool) or not 1 <= min_ready <= num_envs):
+        wrong.append(f"min_ready: is {min_ready!r}; expected 1 to {num_envs}, or None to wait for all.")
+    for name, seconds in (("step_timeout_s", step_timeout_s), ("start_timeout_s", start_timeout_s)):
+        if not seconds > 0:
+            wrong.append(f"{name}: is {seconds!r}; expected seconds above 0.")
+    if wrong:
+        raise ConfigError("make_envs: " + " ".join(wrong))
