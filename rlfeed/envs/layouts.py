@@ -96,7 +96,7 @@ def choose_layout(make: Any, num_envs: int, layout: Layout, *, mode: str) -> Cho
         make: Makes one environment.
         num_envs: N.
         layout: ``"auto"``; a number of workers; or (workers, environments in each), also as ``"2x4"``.
-        mode: ``"auto"`` measures and may stay in this process; ``"pool"`` has a worker for each processor.
+        mode: ``"serial"``; ``"auto"``, which measures; or ``"pool"``, which has a worker for each processor.
 
     Returns:
         The choice.
@@ -104,8 +104,11 @@ def choose_layout(make: Any, num_envs: int, layout: Layout, *, mode: str) -> Cho
     Raises:
         ConfigError: If the layout does not fit.
     """
+    if mode == "serial":
+        return Choice(0, "this process, as asked for")
     if layout != "auto":
-        return Choice(_workers_of(layout, num_envs), "as asked for")
+        workers = _workers_of(layout, num_envs)
+        return Choice(workers, f"{workers} workers, as asked for")
     cores = processors()
     if mode == "pool":  # nobody steps an environment in this process that a pool was asked for
         return Choice(min(num_envs, cores), f"one worker for each of {cores} processors, at most one an environment")

@@ -10,19 +10,22 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 
 from rlfeed.envs.autoreset import Envs
 from rlfeed.envs.envpool import EnvPoolEnvs, is_envpool
+from rlfeed.envs.faults import MAX_RESTARTS, OnFault
 from rlfeed.envs.foreign import foreign_envs, native_envs
 from rlfeed.envs.group import check_distinct
 from rlfeed.envs.gym_vector import VectorEnvs
+from rlfeed.envs.layouts import Layout, choose_layout
 from rlfeed.envs.pettingzoo import ParallelEnvs, is_parallel
 from rlfeed.envs.seeds import NumberedEpisodes
 from rlfeed.envs.serial import SerialEnvs
 from rlfeed.envs.source import EnvSource, Wrapper
+from rlfeed.envs.vector import PoolEnvs
 from rlfeed.errors import ConfigError, suggest
 from rlfeed.processes import undecided
 
-EnvsMode = Literal["auto", "serial", "sync", "async", "vector"]
+EnvsMode = Literal["auto", "serial", "pool", "sync", "async", "vector"]
 Autoreset = Literal["same_step", "next_step", "disabled"]
-MODES = ("auto", "serial", "sync", "async", "vector")
+MODES = ("auto", "serial", "pool", "sync", "async", "vector")
 AUTORESETS = {
     "same_step": AutoresetMode.SAME_STEP,
     "next_step": AutoresetMode.NEXT_STEP,
@@ -48,6 +51,11 @@ def make_envs(
     wrappers: Sequence[Wrapper] = (),
     mode: EnvsMode = "auto",
     autoreset: Autoreset = "same_step",
+    layout: Layout = "auto",
+    min_ready: int | None = None,
+    on_fault: OnFault | None = None,
+    max_restarts: int = MAX_RESTARTS,
+    step_timeout_s: float = 60.0,
 ) -> Envs:
     """Make environments, found by name, file, module or given as a class or function.
 
@@ -62,11 +70,19 @@ def make_envs(
         num_envs: How many, at least 1.
         kwargs: Arguments of the constructor.
         wrappers: Functions from environment to environment, applied in order.
-        mode: ``"serial"`` steps them in this process (``"auto"`` is that), ``"sync"`` and ``"async"`` through
-            Gymnasium's vector environments, the latter with one process each (never forked, so that a script that
-            uses it needs ``if __name__ == "__main__":``). ``"vector"`` is the id's own vector implementation: all
-            rows begin with one seed, later episodes have none, and rollouts of one seed are alike all the same.
+        mode: ``"serial"`` steps them in this process, ``"pool"`` in worker processes, several in each; ``"auto"``
+            decides between these two by a short measurement, and the environments' ``choice`` says why. ``"sync"`` and
+            ``"async"`` go through Gymnasium's vector environments, the latter with one process each. ``"vector"`` is
+            the id's own vector implementation: all rows begin with one seed, later episodes have none, and rollouts of
+            one seed are alike all the same. A script that starts processes needs ``if __name__ == "__main__":``.
         autoreset: How Gymnasium's vector environments reset; what comes out is the same.
+        layout: Of a pool: ``"auto"``, a number of workers, or (workers, environments in each), also as ``"2x4"``.
+        min_ready: Of a pool: how many environments a step waits for, the others follow later; None waits for all.
+        on_fault: What to do when an environment raises, hangs, breaks the contract, or takes its process with it:
+            ``"restart"`` loses the step in flight, warns, and begins a new episode; ``"raise"`` ends the run. None:
+            ``"restart"`` in a pool, else ``"raise"``. Gymnasium's vector environments always raise.
+        max_restarts: How often in a row one environment is begun anew before it is given up.
+        step_timeout_s: Of a pool and ``"async"``: seconds that one call of an environment may take.
 
     Returns:
         The environments.
@@ -91,17 +107,30 @@ def make_envs(
         if mode != "auto":
             raise ConfigError(f"make_envs: mode is {mode!r}; expected 'auto' for {foreign.name}. Leave it out.")
         return foreign
+    if layout != "auto" or min_ready is not None:
+        if mode not in ("auto", "pool"):
+            raise ConfigError(
+                f"make_envs: layout is {layout!r} and min_ready {min_ready!r} in mode {mode!r}; expected them of a "
+                "pool only. Write mode='pool'."
+            )
+        mode = "pool"
     source = EnvSource(id_or_callable, dict(kwargs or {}), tuple(wrappers))
     if mode == "vector":
         return native_envs(source, num_envs, AUTORESETS[autoreset])
-    if mode in ("auto", "serial"):
-        return SerialEnvs([source() for _ in range(num_envs)], source.name)
+    if mode in ("auto", "serial", "pool"):
+        faults: dict[str, Any] = {"max_restarts": max_restarts} | ({} if on_fault is None else {"on_fault": on_fault})
+        choice = choose_layout(source, num_envs, layout, mode=mode)
+        if choice.workers:
+            waits: dict[str, Any] = {"min_ready": min_ready, "step_timeout_s": step_timeout_s}
+            return PoolEnvs(source, num_envs, choice.workers, choice=choice.why, **waits, **faults)
+        envs = [source() for _ in range(num_envs)]
+        return SerialEnvs(envs, source.name, makers=[source] * num_envs, choice=choice.why, **faults)
     makers = [_NumberedSource(source, env_id, num_envs) for env_id in range(num_envs)]
     if mode == "async":
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         with undecided():
             workers = AsyncVectorEnv(makers, context=method, autoreset_mode=AUTORESETS[autoreset])
-        return VectorEnvs(workers, source.name, numbered=True)
+        return VectorEnvs(workers, source.name, numbered=True, step_timeout_s=step_timeout_s)
     vector = SyncVectorEnv(makers, autoreset_mode=AUTORESETS[autoreset])
     check_distinct(source.name, vector.envs)
     return VectorEnvs(vector, source.name, numbered=True)

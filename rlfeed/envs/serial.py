@@ -25,6 +25,7 @@ class SerialEnvs:
         makers: Make each environment anew where it broke; without them it is only reset.
         on_fault: What to do when one breaks: ``"raise"``, or ``"restart"``: the step is lost, a new episode begins.
         max_restarts: How often in a row one is begun anew.
+        choice: Why they are stepped here, kept for whoever asks.
 
     Raises:
         ConfigError: If there is none, if one is given twice, or if their spaces differ.
@@ -40,12 +41,13 @@ class SerialEnvs:
         makers: Sequence[Callable[[], gymnasium.Env]] | None = None,
         on_fault: OnFault = "raise",
         max_restarts: int = MAX_RESTARTS,
+        choice: str = "",
     ) -> None:
         if not envs:
             raise ConfigError("SerialEnvs: got no environment; expected at least one.")
         first = envs[0]
         self.name = name or (first.spec.id if first.spec is not None else type(first.unwrapped).__name__)
-        self.num_envs = len(envs)
+        self.num_envs, self.choice = len(envs), choice
         self.observation_space = first.observation_space
         self.action_space = first.action_space
         check_distinct(self.name, envs)

@@ -45,6 +45,7 @@ class PoolEnvs:
         step_timeout_s: Seconds that one call of reset() or step() may take.
         start_timeout_s: Seconds that a process may take to make its environments.
         context: How processes are started: a start method or context of `multiprocessing`; None chooses.
+        choice: Why so many workers, kept for whoever asks.
 
     Raises:
         ConfigError: If an argument is wrong.
@@ -65,9 +66,10 @@ class PoolEnvs:
         step_timeout_s: float = 60.0,
         start_timeout_s: float = 120.0,
         context: Any = None,
+        choice: str = "",
     ) -> None:
         _check_numbers(num_envs, workers, min_ready, step_timeout_s, start_timeout_s)
-        self.name, self.num_envs, self._source = source.name, num_envs, source
+        self.name, self.num_envs, self.choice, self._source = source.name, num_envs, choice, source
         env = source()
         self.observation_space, self.action_space = env.observation_space, env.action_space
         env.close()
