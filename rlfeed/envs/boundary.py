@@ -29,8 +29,8 @@ class _Leaf:
     path: Path
     shape: tuple[int, ...]
     dtype: np.dtype
-    low: ndarray | None  # None: every value of the dtype is inside
-    high: ndarray | None
+    low: Any  # an array, or one number for all; None: every value of the dtype is inside
+    high: Any
     said: set[Any] = field(default_factory=set)  # what was warned about: wider floats, values just outside
 
 
@@ -366,7 +366,7 @@ def _batch(tree: Nest, values: Any, where: Where, path: Path = ()) -> Nest:
 
 
 def _check_values(leaf: _Leaf, values: ndarray, where: Where) -> None:
-    if leaf.low is None or leaf.high is None:
+    if leaf.low is None:
         return
     fine = (values >= leaf.low) & (values <= leaf.high)
     if np.count_nonzero(fine) == fine.size:  # a third of the price of fine.all()

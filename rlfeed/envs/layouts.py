@@ -8,6 +8,7 @@ from typing import Any
 import gymnasium
 
 from rlfeed.envs.seeds import episode_seed
+from rlfeed.envs.source import EnvSource
 from rlfeed.errors import ConfigError
 from rlfeed.processes import has_guard, processors
 
@@ -89,7 +90,7 @@ def suggest_layout(step_s: float, num_envs: int, cores: int | None = None) -> Ch
     return Choice(workers, text + f"{workers} workers, about {gain:.1f} times as fast as this process")
 
 
-def choose_layout(make: Any, num_envs: int, layout: Layout, *, mode: str) -> Choice:
+def choose_layout(make: EnvSource, num_envs: int, layout: Layout, *, mode: str) -> Choice:
     """Decide in how many processes environments are stepped.
 
     Args:
@@ -114,6 +115,8 @@ def choose_layout(make: Any, num_envs: int, layout: Layout, *, mode: str) -> Cho
         return Choice(min(num_envs, cores), f"one worker for each of {cores} processors, at most one an environment")
     if min(num_envs, cores) < 2:
         return Choice(0, f"this process, there is one {'environment' if num_envs < 2 else 'processor'}")
+    if not isinstance(make.target, str | type):  # one environment more might be one too many
+        return Choice(0, "this process: a function that makes environments may count its calls, so none is measured")
     env = make()
     try:
         step_s = measure_step(env, _WORTH_S / 3 / num_envs)

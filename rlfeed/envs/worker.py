@@ -97,15 +97,17 @@ class _Worker:
         def mine(column: ndarray) -> ndarray:
             return column[first:end]
 
+        def fast(column: ndarray) -> Any:
+            return column.data  # takes a number in a third of the time that an array does
+
         self._observation, self._final, self._action = (
             map_nest(mine, nest) for nest in (slab.observation, slab.final, slab.action)
         )
         self._mask = mine(slab.mask) if slab.mask.shape[1] else None
         self._episodes, self._success = mine(slab.episodes), mine(slab.success)
-        # A memoryview takes a number in a third of the time that an array does.
-        self._stage, self._reward = memoryview(mine(slab.stage)), memoryview(mine(slab.reward))
-        self._terminated, self._truncated = memoryview(mine(slab.terminated)), memoryview(mine(slab.truncated))
-        self._call = memoryview(slab.calls[job.worker])
+        self._stage, self._reward = fast(mine(slab.stage)), fast(mine(slab.reward))
+        self._terminated, self._truncated = fast(mine(slab.terminated)), fast(mine(slab.truncated))
+        self._call = fast(slab.calls[job.worker])
         self._answers = answers
 
     def serve(self, commands: Connection) -> None:

@@ -28,7 +28,7 @@ class FaultyEnv(IdentifiableEnv):
         self.observation_space = spaces.Box(-1e6, 1e6, (4,), np.float32)
 
     def reset(self, *, seed=None, options=None):
-        observation, info = super().reset(seed=seed)
+        _, info = super().reset(seed=seed)
         self.env, self.episode = self.seeds.get(seed, (self.env, self.episode))
         self.break_at(0)
         return self._observation(), info

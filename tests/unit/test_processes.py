@@ -65,7 +65,12 @@ def test_is_alive_tells_this_process_from_none():
 
 @pytest.mark.parametrize(
     ("code", "said"),
-    [(-9, "was killed by SIGKILL"), (-200, "was killed by signal 200"), (3, "ended with exit code 3"), (None, "hung up")],
+    [
+        (-9, "was killed by SIGKILL"),
+        (-200, "was killed by signal 200"),
+        (3, "ended with exit code 3"),
+        (None, "hung up"),
+    ],
 )
 def test_how_it_ended_names_the_signal_or_the_code(code, said):
     assert how_it_ended(code) == said

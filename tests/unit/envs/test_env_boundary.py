@@ -107,7 +107,8 @@ def test_observation_outside_its_box_by_more_than_the_boxs_width_is_refused():
 def test_observation_just_outside_its_box_passes_with_one_warning():
     env = Scripted(steps=[good(FINE), good(np.array([0, 29.5], np.float32)), good(np.array([-11, 0], np.float32))])
     rollout = Rollout(SerialEnvs([env]), lambda o: np.zeros(1, np.int64))
-    with pytest.warns(RuntimeWarning, match=r"observation\[1\] is 29.5, outside its space; expected -10 to 10") as caught:
+    said = r"observation\[1\] is 29.5, outside its space; expected -10 to 10"
+    with pytest.warns(RuntimeWarning, match=said) as caught:
         steps = list(itertools.islice(rollout, 3))
     assert len(caught) == 1
     assert [step.next_observation[0].tolist() for step in steps] == [[0, 0], [0, 29.5], [-11, 0]]
