@@ -50,6 +50,8 @@ class DQNConfig(AgentConfig):
         epsilon_start: Probability of a random action at the first env step, 0 to 1.
         epsilon_end: Probability of a random action once exploration has fallen, 0 to 1.
         epsilon_fraction: Part of the run's env steps in which exploration falls, above 0 to 1.
+        epsilon_power: Actor i of n explores with epsilon ** (1 + epsilon_power * i / (n - 1)); 0 makes all alike.
+            Horgan et al. 2018 (Distributed prioritized experience replay) have 7, and an epsilon of 0.4.
     """
 
     lr: float = 2e-3
@@ -64,6 +66,7 @@ class DQNConfig(AgentConfig):
     epsilon_start: float = 1.0
     epsilon_end: float = 0.04
     epsilon_fraction: float = 0.16
+    epsilon_power: float = 0.0
 
     def __post_init__(self) -> None:
         rules = {
@@ -77,6 +80,7 @@ class DQNConfig(AgentConfig):
             "epsilon_start": (0 <= self.epsilon_start <= 1, "0 to 1"),
             "epsilon_end": (0 <= self.epsilon_end <= 1, "0 to 1"),
             "epsilon_fraction": (0 < self.epsilon_fraction <= 1, "above 0 and at most 1"),
+            "epsilon_power": (self.epsilon_power >= 0, "0 or more"),
         }
         wrong = [f"agent.{k}: is {getattr(self, k)}; expected {rule}." for k, (ok, rule) in rules.items() if not ok]
         if wrong:
@@ -129,7 +133,7 @@ class DQN:
                 "or map a Discrete space onto this one in a wrapper."
             )
         self.config, self.device = config, device
-        self.first_action = int(action_space.start)
+        self.first_action, self._actions = int(action_space.start), action_space
         self.unit = Transition(n_step=config.n_step, gamma=config.gamma)
         self.network, self.target = (
             QNetwork(
@@ -147,8 +151,14 @@ class DQN:
         self.epsilon = Linear(
             config.epsilon_start, config.epsilon_end, max(1, round(config.epsilon_fraction * total_steps))
         )
-        self.policy = EpsilonGreedy(GreedyQ(self.network, self.first_action, device), self.epsilon, action_space)
+        self.policy = self.actor(0, 1)[0]
         self.updates = 0
+
+    def actor(self, number: int, count: int) -> tuple[EpsilonGreedy, nn.Module]:
+        """Give what an actor acts with; see `ActingAgent`."""
+        greedy, power = GreedyQ(self.network, self.first_action, self.device), self.config.epsilon_power
+        exponent = 1 + power * number / max(count - 1, 1)
+        return EpsilonGreedy(greedy, lambda env_steps: self.epsilon(env_steps) ** exponent, self._actions), self.network
 
     def learn(self, batch: Batch, *, env_steps: int) -> dict[str, Tensor]:
         """Take one optimiser step.

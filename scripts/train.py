@@ -7,19 +7,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import command_line
+import numpy as np
 import torch
 from command_line import DEFAULT_PRESET, EVALUATION_ENVS, PRESETS, find_run, guarded, load_config, split_preset, summary
+from torch import nn
 
-from agents.config import TrainConfig, differences, to_dict
+from agents.config import EnvConfig, TrainConfig, differences, to_dict
 from rlfeed.envs import Envs, make_envs
 from rlfeed.errors import ConfigError, RunDirectoryError
 from rlfeed.feed.device import choose_device
 from rlfeed.log import ConsoleLogger, FanOut, TensorBoardLogger
 from rlfeed.replay import ReplayBuffer
-from rlfeed.rollout import Rollout
+from rlfeed.rollout import Actors, Rollout, Weights
+from rlfeed.rollout.acting import VERSION_COLUMN
+from rlfeed.specs import ArraySpec
 from rlfeed.train.checkpoint import Checkpoint
+from rlfeed.train.collectors import acting_module
 from rlfeed.train.evaluate import Evaluation, evaluate
 from rlfeed.train.interrupts import Interrupts
 from rlfeed.train.loop import Agent, OffPolicyLoop
@@ -135,11 +141,13 @@ def _build(config: TrainConfig) -> Parts:
 
 
 def _new_buffer(config: TrainConfig, envs: Envs, storage: str = "shared") -> ReplayBuffer:
+    versions = {VERSION_COLUMN: ArraySpec((), np.dtype(np.int64))}
     return ReplayBuffer(
         envs.observation_space,
         envs.action_space,
         capacity=config.capacity,
-        num_envs=config.env.num_envs,
+        num_envs=config.env.num_envs * max(config.actors, 1),
+        extras=versions if config.actors else {},
         storage=storage,  # pyright: ignore[reportArgumentType]
         seed=config.seed,
     )
@@ -185,10 +193,11 @@ def _train(
         curves = TensorBoardLogger(run.path, purge_step=None if checkpoint is None else at + 1)
         console = ConsoleLogger(config.total_steps, at)
         logger = FanOut(curves, console)
+        source = _source(config, parts, buffer)
         loop = OffPolicyLoop(
             config,
             parts.agent,
-            Rollout(parts.envs, parts.agent.policy, seed=config.seed),
+            source,
             buffer,
             device=parts.device,
             seed=config.seed,
@@ -208,6 +217,7 @@ def _train(
                 )
             ended = loop.run()
         finally:
+            source.close()
             logger.close()
             parts.envs.close()
             parts.evaluation_envs.close()
@@ -221,6 +231,34 @@ def _train(
     print(summary(loop.evaluation))
     print(f"curves: tensorboard --logdir {run.path}")
     return 0
+
+
+def _source(config: TrainConfig, parts: Parts, buffer: ReplayBuffer) -> Rollout | Actors:
+    if not config.actors:
+        return Rollout(parts.envs, parts.agent.policy, seed=config.seed)
+    spaces = parts.envs.observation_space, parts.envs.action_space
+    return Actors(
+        partial(_actor_envs, config.env),
+        partial(_actor_policy, config, *spaces),
+        buffer,
+        Weights(acting_module(parts.agent)),
+        num_actors=config.actors,
+        envs_per_actor=config.env.num_envs,
+        seed=config.seed,
+    )
+
+
+def _actor_envs(config: EnvConfig, first_env_id: int) -> Envs:
+    return make_envs(config.id, config.num_envs, kwargs=config.kwargs)
+
+
+def _actor_policy(
+    config: TrainConfig, observation_space: Any, action_space: Any, actor: int, num_actors: int
+) -> tuple[Any, nn.Module]:
+    agent: Any = config.agent.build(
+        observation_space, action_space, total_steps=config.total_steps, seed=config.seed, device=torch.device("cpu")
+    )
+    return agent.actor(actor, num_actors)
 
 
 def _evaluator(config: TrainConfig, envs: Envs) -> Callable[..., Evaluation]:

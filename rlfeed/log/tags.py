@@ -36,6 +36,27 @@ TAGS: dict[str, Tag] = {
     tag.name: tag
     for tag in (
         Tag(
+            "actors/policy_lag",
+            "updates",
+            "Updates between the weights that were published last and those that an actor acts with, mean over actors.",
+            "Grows while the run goes on.",
+            "Actors seldom look for new weights: lower pull_every; or one hangs: see actors/steps_per_s.",
+        ),
+        Tag(
+            "actors/restarts",
+            "1",
+            "Actors that died and were started again, since the start.",
+            "Grows.",
+            "The warnings say what they died of.",
+        ),
+        Tag(
+            "actors/waited",
+            "fraction",
+            "Part of the time in which actors waited for the learner, mean over actors.",
+            "Near 1: they could step far more.",
+            "The learner is the slow side: fewer actors will do, or raise actors_ahead and accept older policies.",
+        ),
+        Tag(
             "charts/SPS",
             "env steps / s",
             "Environment steps per second since the start, learning included.",
@@ -76,6 +97,13 @@ TAGS: dict[str, Tag] = {
             "Mean time for which the learner waited for a batch.",
             "Of the order of an update.",
             "Use more workers, a larger batch or a cheaper transform.",
+        ),
+        Tag(
+            "replay/policy_lag",
+            "updates",
+            "Updates made since those of the weights that chose the sampled steps, mean over batches; with actors.",
+            "Grows without end: the capacity, not the actors, decides it once the replay is full.",
+            "Lower the capacity or the updates per env step where the agent does not bear old steps.",
         ),
         Tag(
             "replay/ratio",

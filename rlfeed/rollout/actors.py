@@ -118,7 +118,7 @@ class Actors:
         self.num_actors, self.envs_per_actor, self.seed = num_actors, envs_per_actor, seed
         self.statistics = EpisodeStatistics(num_actors * envs_per_actor)
         self._board, self._poll = Board(num_actors, envs_per_actor), select.poll()
-        self._board.random_steps = random_steps
+        self.random_steps, self.weights = random_steps, weights
         self.limit = limit
         context = choose_context(context_of(start_method))
         rules = Rules(context, on_death, max_restarts, {STARTING: start_timeout_s, STEPPING: step_timeout_s})
@@ -138,6 +138,7 @@ class Actors:
         ]  # fmt: skip
         self._check_s, self._check_at = min(_CHECK_S, start_timeout_s, step_timeout_s), 0.0
         self._holds, self._started, self._failed, self._closed = 0, False, False, False
+        self._news: list[EpisodeRecord] = []
         # Not of weakref: multiprocessing waits for its children at exit before those are run.
         self._end = multiprocessing.util.Finalize(self, _end, (self._seats, lifeline), exitpriority=10)
 
@@ -164,6 +165,19 @@ class Actors:
     @limit.setter
     def limit(self, env_steps: int | None) -> None:
         self._board.limit = _NO_LIMIT if env_steps is None else env_steps
+
+    @property
+    def random_steps(self) -> int:
+        """Tell how long actions are random.
+
+        Returns:
+            Env steps of all actors together.
+        """
+        return self._board.random_steps
+
+    @random_steps.setter
+    def random_steps(self, env_steps: int) -> None:
+        self._board.random_steps = env_steps
 
     def stats(self) -> list[ActorStats]:
         """Count what every actor did.
@@ -202,52 +216,54 @@ class Actors:
             for seat in self._seats:
                 seat.start()
 
-    def poll(self, wait_s: float = 0.0) -> tuple[EpisodeRecord, ...]:
+    def poll(self, wait_s: float = 0.0) -> None:
         """See to the actors: read what they tell, bury the dead and start them again.
 
         Args:
             wait_s: Seconds to wait for news.
 
-        Returns:
-            The episodes that ended since the last time, also in ``statistics.finished``.
-
         Raises:
             WorkerError: If an actor died or hangs and is not started again; the message has its own traceback.
         """
         self.start()
-        records, now = [], 0.0
         ready = {handle for handle, _ in self._poll.poll(wait_s * 1e3)}
         for seat in self._seats:
-            if ready and not ready.isdisjoint(seat.handles):
-                records += seat.read()
-        if (now := time.monotonic()) >= self._check_at or any(seat.process is None for seat in self._seats):
-            self._check_at = now + self._check_s
-            try:
-                for seat in self._seats:
-                    seat.look(now)
-            except WorkerError:
-                self._failed = True
-                raise
-        return self._note(records)
+            if not ready.isdisjoint(seat.handles):
+                self._note(seat.read())
+        now = time.monotonic()
+        if now < self._check_at and all(seat.process is not None for seat in self._seats):
+            return
+        self._check_at = now + self._check_s
+        try:
+            for seat in self._seats:
+                seat.look(now)
+        except WorkerError:
+            self._failed = True
+            raise
 
-    def wait(self, beyond: int, timeout_s: float = 0.1) -> tuple[EpisodeRecord, ...]:
+    def wait(self, beyond: int, timeout_s: float = 0.1) -> None:
         """Wait until the actors have taken more steps.
 
         Args:
             beyond: Env steps that there are already.
             timeout_s: Seconds; then it returns all the same.
 
-        Returns:
-            The episodes that ended meanwhile; see `poll`.
-
         Raises:
             WorkerError: As `poll`.
         """
-        deadline, records = time.monotonic() + timeout_s, self.poll()
+        deadline = time.monotonic() + timeout_s
+        self.poll()
         while self.env_steps <= beyond and time.monotonic() < deadline:
-            records += self.poll(_LOOK_S)
-        self.statistics.finished = records
-        return records
+            self.poll(_LOOK_S)
+
+    def finished(self) -> tuple[EpisodeRecord, ...]:
+        """Give the episodes that ended since this was asked last, as `poll`, `wait` and `held` were told of them.
+
+        Returns:
+            The episodes, in the order in which each actor ended them.
+        """
+        finished, self._news = tuple(self._news), []
+        return finished
 
     @contextmanager
     def held(self, timeout_s: float = 60.0) -> Iterator[None]:
@@ -261,16 +277,15 @@ class Actors:
         """
         self._holds += 1
         self._board.command = self._holds
-        finished, deadline = self.statistics.finished, time.monotonic() + timeout_s
+        deadline = time.monotonic() + timeout_s
         try:
             while self._started and (late := [seat for seat in self._seats if not self._is_held(seat)]):
-                finished += self.poll(_LOOK_S)
+                self.poll(_LOOK_S)
                 if time.monotonic() > deadline:
                     raise WorkerError(
                         f"Actors.held: waited {timeout_s:g} s for {len(late)} of {self.num_actors} actors; actor "
                         f"{late[0].job.actor} has been {late[0].doing}; expected it to come to rest after a step."
                     )
-            self.statistics.finished = finished
             yield
         finally:
             self._board.command = RUN
@@ -324,16 +339,14 @@ class Actors:
         self._closed = True
         self._board.command = STOP
         deadline = time.monotonic() + GRACE_S
-        records = [record for seat in self._seats for record in seat.leave(deadline, quiet=self._failed)]
-        self._note(records)
+        for seat in self._seats:
+            self._note(seat.leave(deadline, quiet=self._failed))
         self._end()
 
-    def _note(self, records: list[EpisodeRecord]) -> tuple[EpisodeRecord, ...]:
-        statistics = self.statistics
-        statistics.finished = tuple(records)
-        statistics.window.extend(records)
-        statistics.episodes += len(records)
-        return statistics.finished
+    def _note(self, records: list[EpisodeRecord]) -> None:
+        self._news += records
+        self.statistics.window.extend(records)
+        self.statistics.episodes += len(records)
 
     def __enter__(self) -> "Actors":
         return self

@@ -1,8 +1,9 @@
 """The off-policy loop: collect, store, draw, learn, over the whole data path, for any agent.
 
-    Rollout ──► ReplayBuffer ──► ReplayLoader ──► DeviceFeed ──► agent.learn
+    Rollout or Actors ──► ReplayBuffer ──► ReplayLoader ──► DeviceFeed ──► agent.learn
 
-What is done next depends on two counters alone, env_steps and updates, so a resumed run goes on where it stood.
+What is done next depends on two counters alone, env_steps and updates, so a resumed run goes on where it stood. With
+actors the counter of env_steps is read when all that was due at its last value has been done.
 """
 
 import math
@@ -19,8 +20,10 @@ from rlfeed.feed import DeviceFeed, make_loader
 from rlfeed.nest import Nest
 from rlfeed.replay import ReplayBuffer
 from rlfeed.replay.units import Unit
-from rlfeed.rollout import Rollout
+from rlfeed.rollout import Actors, Rollout
+from rlfeed.rollout.acting import VERSION_COLUMN
 from rlfeed.train.checkpoint import Checkpoint, Checkpoints
+from rlfeed.train.collectors import ActorsCollector, Collector, RolloutCollector, acting_module
 from rlfeed.train.evaluate import Evaluation
 from rlfeed.train.schedule import Rounds
 from rlfeed.types import Batch, Logger, Policy, PolicyContext, PolicyOutput
@@ -91,6 +94,10 @@ class LoopConfig:
         updates_per_round: Updates (optimiser steps) in each round.
         batch_size: Samples per update.
         capacity: Rows of the replay buffer: one per stored step and one per episode; the oldest make room.
+        actors: Processes that step environments, each its own; 0 steps them in the learner: the same run every time.
+            With actors it is another run every time: which weights an actor has when is up to the clock.
+        actors_ahead: Env steps by which actors may be ahead of what the learner has learned from; beyond, they wait.
+        publish_every: Updates from one publication of the learner's weights to the next; actors pull them.
         num_workers: Processes that assemble batches; 0 assembles them in the learner, the fastest for small networks.
             Workers have batches drawn two ahead of them: as repeatable a run, and another one.
         eval_every: Env steps from one evaluation to the next; the last policy is always evaluated.
@@ -105,6 +112,9 @@ class LoopConfig:
     updates_per_round: int = 20
     batch_size: int = 256
     capacity: int = 100_000
+    actors: int = 0
+    actors_ahead: int = 1_000
+    publish_every: int = 20
     num_workers: int = 0
     eval_every: int = 10_000
     eval_episodes: int = 20
@@ -114,7 +124,7 @@ class LoopConfig:
     def __post_init__(self) -> None:
         wrong = []
         for f in fields(LoopConfig):
-            value, least = getattr(self, f.name), 0 if f.name in ("learning_starts", "num_workers") else 1
+            value, least = getattr(self, f.name), 0 if f.name in ("learning_starts", "num_workers", "actors") else 1
             if value < least:
                 wrong.append(f"{f.name}: is {value}; expected at least {least}.")
         if wrong:
@@ -127,7 +137,7 @@ class OffPolicyLoop:
     Args:
         config: How long, how often, how many.
         agent: What learns.
-        rollout: What collects, with the agent's policy.
+        rollout: What collects: a rollout with the agent's policy, or actors.
         buffer: Where steps are kept.
         device: Where batches go.
         seed: Of the draws.
@@ -142,7 +152,7 @@ class OffPolicyLoop:
         self,
         config: LoopConfig,
         agent: Agent,
-        rollout: Rollout,
+        rollout: Rollout | Actors,
         buffer: ReplayBuffer,
         *,
         device: torch.device,
@@ -153,7 +163,7 @@ class OffPolicyLoop:
         advance: Callable[[int], None] = lambda env_steps: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.config, self.agent, self.rollout, self.buffer = config, agent, rollout, buffer
+        self.config, self.agent, self.buffer = config, agent, buffer
         self.device, self.checkpoints, self.logger = device, checkpoints, logger
         self._evaluate, self._advance, self._stop = evaluate, advance, stop
         self.updates = 0
@@ -170,8 +180,9 @@ class OffPolicyLoop:
         )
         self._feed: DeviceFeed | None = None
 
-        self._prefill = min(config.learning_starts, config.total_steps // 10)
-        self._rounds = Rounds(config.train_every, first=self._prefill)
+        prefill = min(config.learning_starts, config.total_steps // 10)
+        self._collector = self._collector_for(rollout, prefill)
+        self._rounds = Rounds(config.train_every, first=prefill)
         self._log_rounds = Rounds(config.log_every)
         self._eval_rounds = Rounds(config.eval_every)
         self._save_rounds = Rounds(config.checkpoint_every)
@@ -184,7 +195,14 @@ class OffPolicyLoop:
         Returns:
             Env steps.
         """
-        return self.rollout.env_steps
+        return self._collector.env_steps
+
+    def _collector_for(self, rollout: Rollout | Actors, prefill: int) -> Collector:
+        if isinstance(rollout, Rollout):
+            return RolloutCollector(rollout, self.buffer, prefill)
+        ahead, total = self.config.actors_ahead, self.config.total_steps
+        module = acting_module(self.agent)
+        return ActorsCollector(rollout, module, ahead=ahead, total_steps=total, random_steps=prefill)
 
     def run(self) -> bool:
         """Train to the end, or until stopped; either way the run is saved as it stands.
@@ -222,13 +240,16 @@ class OffPolicyLoop:
             DivergedError: If a loss is no longer finite: what is saved would be lost anyway.
         """
         self._means.check(self.env_steps, self.updates)
-        self.logger.flush()  # what was logged before a checkpoint is not logged again after a resume
-        self.checkpoints.save(
-            self.env_steps,
-            {"agent": self.agent.state_dict(), "rollout": self.rollout.state_dict(), "loop": {"updates": self.updates}},
-            {"replay": self.buffer.save},
-            {"updates": self.updates, "environments": "restarted"},
-        )
+        with self._collector.held():
+            self._tell()
+            self.logger.flush()  # what was logged before a checkpoint is not logged again after a resume
+            states = {"rollout": self._collector.state_dict(), "loop": {"updates": self.updates}}
+            self.checkpoints.save(
+                self.env_steps,
+                {"agent": self.agent.state_dict(), **states},
+                {"replay": self.buffer.save},
+                {"updates": self.updates, "environments": "restarted"},
+            )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint, whose replay the loop's buffer holds already.
@@ -243,8 +264,9 @@ class OffPolicyLoop:
             CheckpointError: If it is of another agent, seed or number of environments.
         """
         self.agent.load_state_dict(checkpoint.load("agent"))
-        self.rollout.load_state_dict(checkpoint.load("rollout"))
+        self._collector.load_state_dict(checkpoint.load("rollout"))
         self.updates = checkpoint.load("loop")["updates"]
+        self._collector.publish(self.updates)
         self.buffer.cut()
 
     def _updates_due(self) -> int:
@@ -261,18 +283,27 @@ class OffPolicyLoop:
         return True
 
     def _collect(self) -> None:
-        self.rollout.mode = "random" if self.env_steps < self._prefill else "explore"
-        self.buffer.add(next(self.rollout))
-        for episode in self.rollout.statistics.finished:
+        self._collector.collect()
+        self._tell()
+        self._advance(self.env_steps)
+
+    def _tell(self) -> None:
+        for episode in self._collector.finished():
             self.logger.scalar("charts/episodic_return", episode.total_reward, episode.env_steps)
             self.logger.scalar("charts/episodic_length", episode.length, episode.env_steps)
-        self._advance(self.env_steps)
 
     def _learn(self) -> None:
         if self._feed is None:
             self._feed = DeviceFeed(self._loader, self.device)
-        self._means.add(self.agent.learn(next(self._feed), env_steps=self.env_steps))
+        batch = next(self._feed)
+        scalars = self.agent.learn(batch, env_steps=self.env_steps)
+        if isinstance(self._collector, ActorsCollector):
+            lag = self.updates - batch.extras[VERSION_COLUMN].float().mean()
+            scalars = {**scalars, "replay/policy_lag": lag}
+        self._means.add(scalars)
         self.updates += 1
+        if self.updates % self.config.publish_every == 0:
+            self._collector.publish(self.updates)
 
     def _schedule(self) -> None:
         """Set when what is due next; the clocks start here."""
@@ -307,7 +338,7 @@ class OffPolicyLoop:
         self.logger.scalar("eval/mean_ep_length", float(self.evaluation.lengths.mean()), self.env_steps)
 
     def _log(self) -> None:
-        now_s, env_steps, statistics = time.perf_counter(), self.env_steps, self.rollout.statistics
+        now_s, env_steps, statistics = time.perf_counter(), self.env_steps, self._collector.statistics
         elapsed_s, total_s = max(now_s - self._logged_s, 1e-9), max(now_s - self._began_s, 1e-9)
         wait_s = self._feed.stats().wait_s if self._feed else 0.0
         marks = (env_steps, self.updates, wait_s)
@@ -318,6 +349,7 @@ class OffPolicyLoop:
             "charts/SPS": (env_steps - self._began[0]) / total_s,
             "replay/size": replay.steps,
             **self.agent.scalars(env_steps),
+            **self._collector.scalars(),
         }
         if statistics.window:
             scalars["rollout/ep_rew_mean"] = statistics.mean_return
