@@ -51,7 +51,11 @@ class Collector(Protocol):
         ...
 
     def publish(self, updates: int) -> None:
-        """Have what acts use the weights of now."""
+        """Have what acts use the weights of now.
+
+        Args:
+            updates: That made them.
+        """
         ...
 
     def scalars(self) -> dict[str, float]:
