@@ -51,7 +51,8 @@ class Crew:
         self._sent_s = [0.0] * len(rows)
         self.flying: set[int] = set()  # workers that have been told something and have not answered
         self.reports: dict[int, Report] = {}  # what they said went wrong, until it has been dealt with
-        self.dead: dict[int, str] = {}  # how they ended, until they have been replaced
+        self.dead: dict[int, str] = {}  # how they ended, until that has been told
+        self.gone: set[int] = set()  # workers without a process
         self.end = weakref.finalize(self, _end, os.getpid(), self.processes, self._pipes, self._line)
 
     def start(self, workers: Sequence[int]) -> None:
@@ -77,7 +78,7 @@ class Crew:
             for worker in self._listen(waiting):
                 if worker in self.dead:
                     raise WorkerError(
-                        f"{self._name}: worker {worker} {self.dead[worker]} before its environments were made. A "
+                        f"{self._name}: worker {worker} {self.dead.pop(worker)} before its environments were made. A "
                         "script that starts processes needs `if __name__ == '__main__':` around what it does; its own "
                         "output says more."
                     )
@@ -113,7 +114,6 @@ class Crew:
         return sorted(came)
 
     def _launch(self, worker: int) -> None:
-        self.dead.pop(worker, None)
         theirs_in, mine_out = self._context.Pipe(duplex=False)
         mine_in, theirs_out = self._context.Pipe(duplex=False)
         process = self._context.Process(
@@ -137,6 +137,7 @@ class Crew:
         self.processes[worker], self._pipes[worker] = process, (mine_out, mine_in)
         self._poll.register(mine_in, select.POLLIN)
         self._owner[mine_in.fileno()] = worker
+        self.gone.discard(worker)
 
     def _listen(self, waiting: set[int]) -> list[int]:
         """Hear which of some workers have answered or died."""
@@ -185,6 +186,7 @@ class Crew:
             process.kill()
             process.join(_GRACE_S)
         self.dead[worker] = how or how_it_ended(process.exitcode)
+        self.gone.add(worker)
         out, back = self._pipes[worker]
         self._poll.unregister(back)
         del self._owner[back.fileno()]

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 
 import gymnasium
 import numpy as np
+from jaxtyping import Int64
+from numpy import ndarray
 
 from rlfeed.envs.autoreset import Outcome, Ready
 from rlfeed.envs.boundary import mask_length
@@ -58,6 +60,15 @@ class SerialEnvs:
         self._ids.flags.writeable = False
         self._mask_length = mask_length(self.action_space)
         self._ready = Ready(self._ids, self._group.check.empty(self.num_envs))
+
+    @property
+    def episodes(self) -> Int64[ndarray, " N"]:
+        """Number the open episodes.
+
+        Returns:
+            ``[N]``; where environments broke, numbers have been passed over.
+        """
+        return np.array(self._group.episodes, np.int64)
 
     @property
     def faults(self) -> Sequence[Fault]:

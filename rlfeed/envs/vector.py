@@ -100,6 +100,15 @@ class PoolEnvs:
         return len(self._rows), max(end - first for first, end in self._rows)
 
     @property
+    def episodes(self) -> Int64[ndarray, " N"]:
+        """Number the open episodes.
+
+        Returns:
+            ``[N]``; where environments broke, numbers have been passed over.
+        """
+        return self._slab.episodes.copy()
+
+    @property
     def faults(self) -> Sequence[Fault]:
         """List how environments broke: the last hundred times.
 
@@ -130,6 +139,8 @@ class PoolEnvs:
         crew, slab = self._crew, self._slab
         crew.wait(self.num_envs)  # what is under way is of no use any more
         crew.reports.clear()
+        for worker in sorted(crew.gone):
+            self._replace(worker)
         self._seed, slab.calls[:, 3] = seed, seed
         slab.episodes[:] = [int(n) for n in first_episodes]
         self._lengths[:] = 0
@@ -260,10 +271,11 @@ class PoolEnvs:
         """Have another process take over the environments of one that died."""
         (first, end), slab = self._rows[worker], self._slab
         row, doing = (int(n) for n in slab.calls[worker, :2])
-        guilty, how = first + row, self._crew.dead[worker]
-        open_ones = [i for i in range(first, end) if self._lengths[i] and (i != guilty or doing == IDLE)]
-        besides = f" So are those beside it, of env {', '.join(map(str, open_ones))}." if open_ones else ""
-        self._policy.meet(guilty, int(slab.episodes[guilty]), self._obituary(worker, guilty, doing, how), besides)
+        guilty, how = first + row, self._crew.dead.pop(worker, None)
+        if how is not None:  # else it has been told, and somebody has caught it
+            open_ones = [i for i in range(first, end) if self._lengths[i] and (i != guilty or doing == IDLE)]
+            besides = f" So are those beside it, of env {', '.join(map(str, open_ones))}." if open_ones else ""
+            self._policy.meet(guilty, int(slab.episodes[guilty]), self._obituary(worker, guilty, doing, how), besides)
         # An episode without a step is begun again, unless it was its beginning that failed.
         slab.episodes[first:end] += self._lengths[first:end] > 0
         slab.episodes[guilty] += doing == RESET and not self._lengths[guilty]

@@ -345,6 +345,17 @@ def test_on_fault_raise_raises_the_fault(where):
     envs.close()
 
 
+@pytest.mark.parametrize("fault", ["raise", "kill"])
+def test_rollout_goes_on_after_a_fault_that_was_raised(fault):
+    envs = faulty({(1, 0, 2): fault}, 2, on_fault="raise")
+    rollout = Rollout(envs, fives)
+    with pytest.raises(EnvFailedError, match="env 1 of 4, step 2 of its episode 0"):
+        list(itertools.islice(rollout, 5))
+    assert [next(rollout).observation[:, 1:3].tolist() for _ in range(2)] == [[[1, 0]] * 4, [[1, 1]] * 4]
+    assert envs.episodes.tolist() == [1, 1, 1, 1]
+    envs.close()
+
+
 # ------------------------------------------------------------------------------------------------- start, end, layout
 
 
