@@ -1,6 +1,6 @@
 """Nests: arrays in nested dicts and tuples, and the few operations the data path needs on them.
 
-A nest is an array, a dict of nests, or a tuple of nests. ``()`` is the empty nest (a stateless policy's carry).
+A nest is an array, a dict of nests, or a tuple of nests (named tuples keep their names). ``()`` is the empty nest (a stateless policy's carry).
 A path names one leaf: ``("camera",)`` or ``("arm", 0)``; errors print it as the user would type it.
 """
 
@@ -82,9 +82,8 @@ def map_nest(fn: Callable[..., Any], nest: Nest, *others: Nest, where: str = "ne
             if not isinstance(other, tuple) or len(other) != len(nest):
                 got = f"{len(other)} parts" if isinstance(other, tuple) else type(other).__name__
                 raise FieldError(f"{where}: has {got}; expected a tuple of {len(nest)} parts.")
-        return tuple(
-            map_nest(fn, v, *(o[i] for o in others), where=f"{where}[{i}]") for i, v in enumerate(nest)
-        )
+        parts = (map_nest(fn, v, *(o[i] for o in others), where=f"{where}[{i}]") for i, v in enumerate(nest))
+        return getattr(nest, "_make", tuple)(parts)
     return fn(nest, *others)
 
 

@@ -232,23 +232,34 @@ class ModelEnvs:
                 _put(self._carry, where, self._initial_carry(self._given(firsts)))
 
     def _firsts(self, rows: Int64[ndarray, " k"]) -> Nest:
-        firsts = []
+        firsts, episodes = self._check.empty(len(rows)), self._episodes[rows].tolist()
+
+        def where(index: int) -> str:
+            return self._where(int(rows[index]))
+
+        # One generator set to (row, episode), not one made for each: that costs eight times as much.
         state: Any = self._bits.state
-        for row in rows:
-            # Set, not made: that costs eight times as much, and a model may be rolled out for a few steps only.
-            state["state"]["counter"][:] = (0, 0, row, self._episodes[row])
-            state.update(buffer_pos=4, has_uint32=0)
+        counter = state["state"]["counter"]
+        counter[:] = 0
+        state.update(buffer_pos=4, has_uint32=0)
+        for index, row in enumerate(rows.tolist()):
+            counter[2], counter[3] = row, episodes[index]
             self._bits.state = state
-            firsts.append(map_nest(_own, self._initial(self._generator)))
-        return self._check.stack(firsts, lambda i: self._where(int(rows[i])))
+            self._check.write(self._initial(self._generator), firsts, index, where)
+        self._check.check(firsts, where)
+        return firsts
 
     def _given(self, nest: Nest) -> Nest:
         """Give the functions values of their own, as they want them."""
+        copies = map_nest(np.copy, nest)
         if not self._modules:
-            return map_nest(np.copy, nest)
+            return copies
+        tensors = map_nest(torch.from_numpy, copies)
         # Asked for in every step: the module may be moved between two.
-        device = "cpu" if self._parameter is None else self._parameter.device
-        return map_nest(lambda leaf: torch.tensor(leaf, device=device), nest)
+        device = None if self._parameter is None else self._parameter.device
+        if device is None or device.type == "cpu":
+            return tensors
+        return map_nest(lambda leaf: leaf.to(device), tensors)
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

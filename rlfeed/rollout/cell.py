@@ -61,7 +61,7 @@ def check_rows(name: str, nest: Nest, rows: int | None, error: type[Exception] =
     for path, leaf in leaves(nest):
         where = f"Feedback: {describe(name, path)}"
         if not is_array(leaf):
-            raise error(f"{where} is {leaf!r}; expected an array or a tensor.")
+            raise error(f"{where} is {leaf!r}; expected an array or a tensor, or a dict or tuple of them.")
         shape = tuple(leaf.shape)
         if rows is None or shape[:1] == (rows,):
             continue

@@ -182,7 +182,7 @@ class Feedback:
         rows = {"active": self.active, "invalid": self.invalid, "valid": self._was_active, "lengths": self.lengths}
         return {
             "step": self.step,
-            **{key: None if nest is None else _copied(_detached(nest)) for key, nest in nests.items()},
+            **{key: None if nest is None else _copied(_detached(_plain(nest))) for key, nest in nests.items()},
             **{key: value.copy() for key, value in rows.items()},
         }
 
@@ -207,6 +207,7 @@ class Feedback:
         self._start()
         self.step = int(state["step"])
         self._x, self._carry, self._out = (self._taken(state[key]) for key in ("x", "carry", "out"))
+        self._x, self._carry = _like(self._x0, self._x), _like(self._carry0, self._carry)
         self.active, self.invalid = active, np.array(state["invalid"], bool)
         self._was_active, self._lengths = np.array(state["valid"], bool), np.array(state["lengths"], np.int64)
         self._live = int(active.sum())
@@ -262,6 +263,7 @@ class Feedback:
             if self._out is not None:
                 before = _first_rows(self._out, rows) if self._batched else self._out
                 check_outline("out", self.step, out, outline(before))
+                self._out = _like(out, self._out)
             check_outline("carry", self.step, carry, outline(self._carry))
             self._outlines = outline(out), outline(carry)
         elif (outline(out), outline(carry)) != self._outlines:
@@ -358,6 +360,18 @@ def _count_rows(x0: Nest) -> int:
 
 def _first_rows(nest: Nest, rows: int) -> Nest:
     return map_nest(lambda leaf: leaf[:rows], nest)
+
+
+def _plain(nest: Nest) -> Nest:
+    """Forget the names of named tuples: a file could not keep them."""
+    if isinstance(nest, dict):
+        return {key: _plain(part) for key, part in nest.items()}
+    return tuple(_plain(part) for part in nest) if isinstance(nest, tuple) else nest
+
+
+def _like(named: Nest, nest: Nest) -> Nest:
+    """Give named tuples their names back."""
+    return map_nest(lambda _, leaf: leaf, named, nest)
 
 
 def _copied(nest: Nest) -> Nest:

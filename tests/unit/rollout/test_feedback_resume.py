@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -134,6 +135,32 @@ class Recurrent(torch.nn.Module):
     def forward(self, x, carry):
         carry = self.gru(x, carry)
         return carry, carry
+
+
+class State(NamedTuple):
+    h: torch.Tensor
+    more: dict
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_feedback_named_tuples_keep_their_names_also_through_a_file(compact):
+    def cell(x, carry):
+        following = State(carry.h + 1, {"total": carry.more["total"] + x.h, "none": ()})
+        return following, following
+
+    def build():
+        start = State(torch.tensor([0.0, 1.0]), {"total": torch.zeros(2), "none": ()})
+        stop = lambda out: out.h >= 5  # noqa: E731
+        return Feedback(cell, start, start, stop=stop, max_steps=6, compact=compact)
+
+    whole = [(out.h.tolist(), out.more["total"].tolist()) for out in build()]
+    assert whole[-1] == ([5, 5], [10, 10])
+    for cut in range(6):
+        first = build()
+        head = [(out.h.tolist(), out.more["total"].tolist()) for _, out in zip(range(cut), first, strict=False)]
+        second = build()
+        second.load_state_dict(through_bytes(first.state_dict()))
+        assert head + [(out.h.tolist(), out.more["total"].tolist()) for out in second] == whole
 
 
 @pytest.mark.parametrize(
