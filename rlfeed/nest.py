@@ -1,7 +1,8 @@
 """Nests: arrays in nested dicts and tuples, and the few operations the data path needs on them.
 
-A nest is an array, a dict of nests, or a tuple of nests (named tuples keep their names). ``()`` is the empty nest (a stateless policy's carry).
-A path names one leaf: ``("camera",)`` or ``("arm", 0)``; errors print it as the user would type it.
+A nest is an array, a dict of nests, or a tuple of nests; named tuples keep their names. ``()`` is the empty nest
+(a stateless policy's carry). A path names one leaf: ``("camera",)`` or ``("arm", 0)``; errors print it as the user
+would type it.
 """
 
 from collections.abc import Callable, Iterator
