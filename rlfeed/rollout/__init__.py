@@ -6,7 +6,7 @@ from rlfeed.rollout.feedback import Feedback
 from rlfeed.rollout.policy import EpsilonGreedy, FunctionPolicy, ModulePolicy, adapt
 from rlfeed.rollout.rollout import Rollout
 from rlfeed.rollout.stacks import StackFrames
-from rlfeed.rollout.statistics import EpisodeRecord, EpisodeStatistics
+from rlfeed.rollout.statistics import EpisodeRecord, EpisodeStatistics, Timing
 from rlfeed.rollout.weights import Weights
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "ModulePolicy",
     "Rollout",
     "StackFrames",
+    "Timing",
     "Weights",
     "adapt",
 ]

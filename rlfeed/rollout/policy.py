@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rlfeed.errors import ConfigError, FieldError, PolicyError
-from rlfeed.nest import Nest, describe, leaves, map_nest
+from rlfeed.nest import Nest, Path, describe, leaves, map_nest
 from rlfeed.rollout.actions import Actions
 from rlfeed.rollout.rows import put, to_numpy
 from rlfeed.types import Policy, PolicyContext, PolicyOutput
@@ -54,8 +54,9 @@ class ModulePolicy:
     """Make a policy of a torch module.
 
     The module gets tensors on its own device, in inference mode and evaluation mode (its former mode is restored). It
-    returns the action. A recurrent module has ``initial_carry(num_envs)``, is called as a `Policy` is, and returns a
-    `PolicyOutput` of tensors; its carry stays on its device.
+    returns the action, or a `PolicyOutput` with ``extras`` beside it. A module that has ``initial_carry(num_envs)``
+    (which gives ``()`` where it is stateless) is called as a `Policy` is, with carry and context; its carry stays on
+    its device.
 
     Args:
         module: The module.
@@ -99,7 +100,8 @@ class ModulePolicy:
             object.__setattr__(part, "training", False)
         try:
             with torch.inference_mode():
-                tensors = map_nest(torch.from_numpy, observation)
+                plain = type(observation) is np.ndarray  # map_nest takes as long as the rest of this line
+                tensors = torch.from_numpy(observation) if plain else map_nest(torch.from_numpy, observation)
                 if device.type != "cpu":
                     tensors = map_nest(lambda leaf: leaf.to(device), tensors)
                 out = self._module(tensors, carry, context) if self._recurrent else self._module(tensors)
@@ -201,6 +203,33 @@ def adapt(policy: Any) -> Policy:
     return policy if isinstance(policy, Policy) else FunctionPolicy(policy)
 
 
+def check_carry(policy: Policy, num_envs: int) -> Nest:
+    """Check the carry with which episodes begin.
+
+    Args:
+        policy: The policy.
+        num_envs: N.
+
+    Returns:
+        The carry of one row, ``[1, ...]`` per leaf.
+
+    Raises:
+        PolicyError: If `Policy.initial_carry` gives no rows of arrays, or another structure for other numbers of rows.
+    """
+    one, every = policy.initial_carry(1), policy.initial_carry(num_envs)
+    try:
+        fine = all(fits for _, fits in leaves(map_nest(lambda a, b: a.shape[1:] == b.shape[1:], one, every)))
+        fine = fine and all(len(x) == 1 for _, x in leaves(one)) and all(len(x) == num_envs for _, x in leaves(every))
+    except (FieldError, AttributeError, TypeError):
+        fine = False
+    if not fine:
+        raise PolicyError(
+            f"policy: initial_carry gave {_outline(one)} for 1 row and {_outline(every)} for {num_envs}; expected "
+            "arrays or tensors of that many rows, otherwise alike. Return zeros of (num_envs, ...)."
+        )
+    return one
+
+
 def check_output(out: Any, carry: Nest, rows: int) -> PolicyOutput:
     """Check the parts of a policy's output that have no space: carry and extras.
 
@@ -213,33 +242,47 @@ def check_output(out: Any, carry: Nest, rows: int) -> PolicyOutput:
         The output, its extras as arrays of their own.
 
     Raises:
-        PolicyError: If it is no `PolicyOutput`, or the carry's structure or an array's rows differ.
+        PolicyError: If it is no `PolicyOutput`, or the carry's structure, a shape or dtype in it, or an array's rows
+            differ.
     """
     if not isinstance(out, PolicyOutput):
         raise PolicyError(
             f"policy: returned a {type(out).__name__}; expected a PolicyOutput. Return PolicyOutput(action, carry)."
         )
-    try:
-        same = map_nest(lambda new, old: new.shape == old.shape, out.carry, carry)
-    except (FieldError, AttributeError):
-        same = False
-    if not all(fits for _, fits in leaves(same)):
-        raise PolicyError(
-            f"policy: returned a carry of {_outline(out.carry)} where it was given {_outline(carry)}; expected the "
-            "same structure and shapes. Return the carry after the observation."
-        )
-    if not out.extras:
-        return out
-    extras = map_nest(lambda leaf: np.array(to_numpy(leaf)), out.extras)
-    for path, leaf in leaves(extras):
-        if leaf.shape[:1] != (rows,):
+    if not (_empty(carry) and _empty(out.carry)):
+        try:
+            same = map_nest(lambda new, old: new.shape == old.shape and new.dtype == old.dtype, out.carry, carry)
+        except (FieldError, AttributeError):
+            same = False
+        if not all(fits for _, fits in leaves(same)):
             raise PolicyError(
-                f"policy: {describe('extras', path)} has shape {leaf.shape}; expected a leading axis of {rows}, one "
-                "row per environment."
+                f"policy: returned a carry of {_outline(out.carry)} where it was given {_outline(carry)}; expected the "
+                "same structure, shapes and dtypes. Return the carry after the observation."
             )
-    return PolicyOutput(out.action, out.carry, extras)
+    return PolicyOutput(out.action, out.carry, _own(out.extras, rows, ())) if out.extras else out
+
+
+def _own(extras: Nest, rows: int, path: Path) -> Nest:
+    if isinstance(extras, dict):
+        return {key: _own(part, rows, (*path, key)) for key, part in extras.items()}
+    if isinstance(extras, tuple):
+        return tuple(_own(part, rows, (*path, index)) for index, part in enumerate(extras))
+    leaf = np.array(to_numpy(extras))
+    if leaf.shape[:1] != (rows,):
+        raise PolicyError(
+            f"policy: {describe('extras', path)} has shape {leaf.shape}; expected a leading axis of {rows}, one row "
+            "per environment."
+        )
+    return leaf
+
+
+def _empty(nest: Nest) -> bool:
+    return type(nest) is tuple and not nest
 
 
 def _outline(carry: Nest) -> str:
-    parts = [f"{describe('carry', path)} {tuple(getattr(leaf, 'shape', ()))}" for path, leaf in leaves(carry)]
+    parts = [
+        f"{describe('carry', path)} {tuple(getattr(leaf, 'shape', ()))} {getattr(leaf, 'dtype', type(leaf).__name__)}"
+        for path, leaf in leaves(carry)
+    ]
     return ", ".join(parts) or "()"

@@ -1,22 +1,27 @@
 """The iterator through environments: a policy's outputs are fed back as its next inputs."""
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import gymnasium
 import numpy as np
 from gymnasium.vector import VectorEnv
+from jaxtyping import Float32, Float64, Int64
+from numpy import ndarray
 
-from rlfeed.envs.autoreset import Envs, Ready
+from rlfeed.envs.autoreset import Envs, Outcome, Ready
 from rlfeed.envs.make import as_envs
 from rlfeed.envs.normalize import NormalizedEnvs
-from rlfeed.errors import CheckpointError, ConfigError, UnsupportedError, suggest
+from rlfeed.errors import CheckpointError, ConfigError, suggest
 from rlfeed.nest import Nest, leaves
 from rlfeed.rollout.actions import Actions, Handling
-from rlfeed.rollout.policy import FunctionPolicy, adapt, check_output
-from rlfeed.rollout.rows import copy, put, reset_rows, take
-from rlfeed.rollout.statistics import EpisodeStatistics
-from rlfeed.rollout.views import block_batch, episode_batch, positive, quotas
+from rlfeed.rollout.blocks import Block
+from rlfeed.rollout.policy import FunctionPolicy, adapt, check_carry, check_output
+from rlfeed.rollout.rows import copy, pick, put, reset_rows
+from rlfeed.rollout.statistics import EpisodeStatistics, Timing
+from rlfeed.rollout.underway import Underway
+from rlfeed.rollout.views import episode_batch, positive, quotas
 from rlfeed.types import Batch, Mode, Policy, PolicyContext, PolicyOutput, Stateful, Step
 
 MODES = ("explore", "greedy", "random")
@@ -81,16 +86,20 @@ class Rollout:
         self.num_envs = self.envs.num_envs
         self.statistics = EpisodeStatistics(self.num_envs)
         self._actions = Actions(self.envs.action_space, actions)
+        self._underway = Underway(self.num_envs)
         self._generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(STREAM,))))
-        self._initial: Nest = self.policy.initial_carry(1)
+        self._initial = check_carry(self.policy, self.num_envs)
+        self._blank = (self._initial, self._actions.zeros(1), np.zeros(1, np.float32))  # the memory of no step before
+        self._nowhere = np.zeros(self.num_envs, bool)
         self._recurrent = any(True for _ in leaves(self._initial))
         self._next_episodes = np.zeros(self.num_envs, np.int64)
         self._ready: Ready | None = None
         # One row per environment: what the next step of each needs to know of the step before.
-        self._is_first = np.ones(self.num_envs, bool)
-        self._carry: Nest = ()
-        self._prev_action: Nest = None
-        self._prev_reward = np.zeros(self.num_envs, np.float32)
+        self._memory: Nest = (np.ones(self.num_envs, bool), (), None, None)  # is_first, carry, prev_action, prev_reward
+        self._any_first = False  # whether an episode begins with the next step
+        self._quiet = False  # whether none began with the last one, and none ended
+        self._policy_s = self._environments_s = 0.0
+        self._made_s = time.perf_counter()
 
     @property
     def mode(self) -> Mode:
@@ -111,30 +120,53 @@ class Rollout:
         return self
 
     def __next__(self) -> Step:
-        ready = self._upcoming()
-        ids, num_envs = ready.env_ids, self.num_envs
-        is_first = take(self._is_first, ids, num_envs)
-        carry = take(self._carry, ids, num_envs)
-        prev_action = take(self._prev_action, ids, num_envs)
-        prev_reward = take(self._prev_reward, ids, num_envs)
-        if self._any_first:
-            carry = reset_rows(carry, is_first, self._initial)
-            prev_action = reset_rows(prev_action, is_first, self._actions.zeros(1))
-            prev_reward = np.where(is_first, np.float32(0), prev_reward)
-        mask = self._actions.mask(ready.action_mask, ready.observation)
-        context = self._context = PolicyContext(
+        began_s = time.perf_counter()
+        ready = self._ready or self._begin()
+        observation, ids = ready.observation, ready.env_ids
+        every = len(ids) == self.num_envs
+        is_first, carry, prev_action, prev_reward = self._memory if every else pick(self._memory, ids)
+        kept = carry
+        if self._recurrent:
+            kept = copy(carry)  # for the step, and for another try: policies may update their carry in place, and fail
+            if every:
+                self._memory = (is_first, kept, prev_action, prev_reward)
+        mask = self._actions.mask(ready.action_mask, observation)
+        context = PolicyContext(
             is_first, self._mode, ids, self.env_steps, prev_action, prev_reward, mask, self._generator
         )
-        # The step keeps a copy of the carry: policies may update theirs in place.
-        kept = copy(carry) if self._recurrent else ()
-        out = self._decide(ready.observation, carry, context)
-        action = self._actions.fit(out.action, ids, mask)
+        out = self._decide(observation, carry, context)
+        action, extras = self._actions.fit(out.action, ids, mask), out.extras
         env_action = self._actions.executed(action)
         self._ready = None  # an environment that raises is begun anew, at the next episode
+        decided_s = time.perf_counter()
         outcome = self.envs.step(action if env_action is None else env_action)
+        stepped_s = time.perf_counter()
+        self._policy_s += decided_s - began_s
+        self._environments_s += stepped_s - decided_s
         reward = outcome.reward.astype(np.float32)
-        step = Step(
-            ready.observation,
+        if self._came_back(outcome, ids):
+            rows = (self._nowhere[: len(ids)], out.carry, action, reward)
+            self._memory = rows if every else put(self._memory, ids, rows, self.num_envs)
+        else:
+            every = False
+            executed = () if env_action is None else env_action
+            decided = (observation, action, executed, is_first, kept, extras, prev_action, prev_reward)
+            decided = self._exchange(outcome, ids, decided, out.carry, reward)
+            observation, action, executed, is_first, kept, extras, *_ = decided
+            env_action = None if env_action is None else executed
+            ids: Any = outcome.env_ids
+        lost = outcome.lost
+        self.env_steps += len(ids) if lost is None else len(ids) - int(lost.sum())
+        self._quiet = not self._any_first
+        # Where no episode ended, what to act on is what came back: the contract spares a reduction in every step.
+        if lost is None and outcome.cut is None and outcome.ready.observation is outcome.next_observation:
+            self.statistics.update(ids, _raw(outcome), None, None, self.env_steps)
+            self._any_first = not every and bool(self._memory[0].any())
+        else:
+            self._begin_episodes(outcome, ids)
+        self._ready = outcome.ready
+        return Step(
+            observation,
             action,
             reward,
             outcome.next_observation,
@@ -142,28 +174,11 @@ class Rollout:
             outcome.truncated,
             is_first=is_first,
             env_ids=ids,
-            lost=outcome.lost,
+            lost=lost,
             carry=kept,
-            extras=out.extras,
+            extras=extras,
             env_action=env_action,
         )
-        ended = outcome.terminated | outcome.truncated
-        if outcome.lost is not None:
-            ended = ended | outcome.lost
-        self.env_steps += len(ids) if outcome.lost is None else len(ids) - int(outcome.lost.sum())
-        # Where no episode ended, what to act on is what came back: the contract spares a reduction in every step.
-        any_ended = outcome.lost is not None or outcome.ready.observation is not outcome.next_observation
-        raw_reward = outcome.reward if outcome.raw_reward is None else outcome.raw_reward
-        self.statistics.update(ids, raw_reward, ended if any_ended else None, outcome.lost, self.env_steps)
-        self._is_first = put(self._is_first, ids, ended, num_envs)
-        self._carry = put(self._carry, ids, out.carry, num_envs)
-        self._prev_action = put(self._prev_action, ids, action, num_envs)
-        self._prev_reward = put(self._prev_reward, ids, reward, num_envs)
-        self._any_first = any_ended
-        if any_ended:
-            self._next_episodes[ids[ended]] += 1
-        self._ready = outcome.ready
-        return step
 
     def collect(self, buffer: Buffer, *, steps: int) -> int:
         """Put the next steps into a buffer.
@@ -215,20 +230,23 @@ class Rollout:
             T: Steps per environment and block.
 
         Returns:
-            An endless iterator over `Batch` ``[N, T]``: ``observation[:, t + 1]`` is what was acted on after step t;
-            where an episode ended, its ``final_observation`` ``[K, ...]`` stands at ``final_index`` ``[K, 2]``.
+            An endless iterator over `Batch` ``[N, T]``, each in one piece of memory: ``observation[:, t + 1]`` is what
+            was acted on after step t; where an episode ended or was cut there, what the step led to,
+            ``final_observation`` ``[K, ...]``, stands at ``final_index`` ``[K, 2]``. ``mask`` is False where a step was
+            lost. Environments out of step (NEXT_STEP autoreset, first-ready batches) have ``lengths`` of at most T, and
+            padding behind.
 
         Raises:
             ConfigError: If ``T`` is no positive integer.
-            UnsupportedError: While iterating, if the environments are not in step (NEXT_STEP autoreset).
         """
-        return self._blocks(positive("Rollout.blocks: T", T))
+        return _Blocks(self, positive("Rollout.blocks: T", T))
 
     def restart(self) -> None:
         """Let every environment begin its next episode with the next step; running episodes are cut."""
-        self._next_episodes += ~self._is_first
-        self._is_first = np.ones(self.num_envs, bool)
+        self._next_episodes += ~self._memory[0]
+        self._memory = (np.ones(self.num_envs, bool), *self._memory[1:])
         self.statistics.discard(np.arange(self.num_envs))
+        self._underway = Underway(self.num_envs)
         self._ready = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -244,7 +262,7 @@ class Rollout:
             "environments": "restarted",
             "seed": self.seed,
             "env_steps": self.env_steps,
-            "next_episodes": self._next_episodes + ~self._is_first,
+            "next_episodes": self._next_episodes + ~self._memory[0],
             "generator": self._generator.bit_generator.state,
             "statistics": self.statistics.state_dict(),
             "envs": self.envs.state_dict() if isinstance(self.envs, Stateful) else None,
@@ -276,9 +294,19 @@ class Rollout:
             )
         if isinstance(self.envs, Stateful) and saved is not None:
             self.envs.load_state_dict(saved)
+        self.statistics.discard(np.arange(self.num_envs))
         self._next_episodes = episodes.copy()
-        self._is_first = np.ones(self.num_envs, bool)
+        self._memory = (np.ones(self.num_envs, bool), *self._memory[1:])
         self._ready = None
+
+    def timing(self) -> Timing:
+        """Say where the time went.
+
+        Returns:
+            Seconds by stage, since the rollout was made.
+        """
+        rest_s = time.perf_counter() - self._made_s - self._policy_s - self._environments_s
+        return Timing(self._policy_s, self._environments_s, rest_s, self.env_steps)
 
     def close(self) -> None:
         """Close the environments."""
@@ -300,18 +328,6 @@ class Rollout:
                     left[env_id] -= 1
                     yield episode_batch(whole)
 
-    def _blocks(self, length: int) -> Iterator[Batch]:
-        while True:
-            steps = [next(self)]
-            context = self._context
-            steps += [next(self) for _ in range(length - 1)]
-            if any(len(step) < self.num_envs for step in steps):
-                raise UnsupportedError(
-                    f"Rollout.blocks: {self.envs.name} skips rows after an episode's end (NEXT_STEP autoreset); "
-                    "expected environments in step. Make them with autoreset='same_step' or 'disabled'."
-                )
-            yield block_batch(steps, context, self._upcoming())
-
     def _upcoming(self) -> Ready:
         if isinstance(self.envs, NormalizedEnvs):
             self.envs.mode = self._mode
@@ -322,10 +338,10 @@ class Rollout:
     def _begin(self) -> Ready:
         self.restart()
         self._any_first = True
-        self._carry = self.policy.initial_carry(self.num_envs)
-        self._prev_action = self._actions.zeros(self.num_envs)
-        self._prev_reward = np.zeros(self.num_envs, np.float32)
-        return self.envs.reset(self.seed, self._next_episodes.tolist())
+        carry, action = self.policy.initial_carry(self.num_envs), self._actions.zeros(self.num_envs)
+        self._memory = (self._memory[0], carry, action, np.zeros(self.num_envs, np.float32))
+        self._ready = self.envs.reset(self.seed, self._next_episodes.tolist())
+        return self._ready
 
     def _decide(self, observation: Nest, carry: Nest, context: PolicyContext) -> PolicyOutput:
         drawn = self._mode == "random"
@@ -336,3 +352,85 @@ class Rollout:
 
     def _draw(self, context: PolicyContext) -> Nest:
         return self._actions.draw(len(context.env_ids), self._generator, context.action_mask)
+
+    def _came_back(self, outcome: Outcome, ids: Int64[ndarray, " k"]) -> bool:
+        """Say whether those that were acted on came back, these and no others."""
+        came = outcome.env_ids
+        return came is None or (not len(self._underway) and np.array_equal(came, ids))
+
+    def _exchange(
+        self, outcome: Outcome, ids: Int64[ndarray, " k"], decided: Nest, carry: Nest, reward: Float32[ndarray, " k"]
+    ) -> Nest:
+        """Note what was decided for those that were acted on, and take what had been for those that came back."""
+        came: Any = outcome.env_ids
+        is_first, carries, actions, rewards = self._memory
+        carries, actions = put((carries, actions), ids, (carry, decided[1]), self.num_envs)
+        is_first, rewards = put((is_first, rewards), came, (self._nowhere[: len(came)], reward), self.num_envs)
+        self._memory = (is_first, carries, actions, rewards)
+        self._underway.put(ids, decided)
+        return self._underway.take(came)
+
+    def _begin_episodes(self, outcome: Outcome, ids: Int64[ndarray, " k"]) -> None:
+        """Count a step in which episodes are over, and let the next ones begin."""
+        over = outcome.terminated | outcome.truncated
+        for more in (outcome.lost, outcome.cut):
+            over = over if more is None else over | more
+        self.statistics.update(
+            ids, _raw(outcome), over, outcome.lost, self.env_steps, cut=outcome.cut, success=outcome.success
+        )
+        over = put(self._nowhere, ids, over, self.num_envs)
+        is_first, *memory = self._memory
+        self._memory = (is_first | over, *reset_rows(tuple(memory), over, self._blank))
+        self._next_episodes += over
+        self._any_first = True
+        self._quiet = False
+
+    def _before(self) -> tuple[Nest, Nest, Float32[ndarray, " N"]]:
+        """Give carry, previous action and previous reward of every environment before its next step to come out."""
+        if self._ready is None:
+            self._begin()
+        _, *memory = self._memory
+        if len(self._underway):
+            ids, (*_, carry, _, prev_action, prev_reward) = self._underway.look()
+            memory = put(tuple(memory), ids, (carry, prev_action, prev_reward), self.num_envs)
+        return tuple(memory)
+
+    def _after(self) -> list[tuple[Int64[ndarray, " k"], Nest]]:
+        """Give the observation of every environment at its next step to come out, where it is known."""
+        ready = self._ready or self._begin()
+        known = [(ready.env_ids, ready.observation)]
+        if len(self._underway):
+            ids, (observation, *_) = self._underway.look()
+            known.append((ids, observation))
+        return known
+
+
+def _raw(outcome: Outcome) -> Float64[ndarray, " k"]:
+    return outcome.reward if outcome.raw_reward is None else outcome.raw_reward
+
+
+class _Blocks:
+    """Cut a rollout into blocks; after an error of the policy or an environment it goes on where it was."""
+
+    def __init__(self, rollout: Rollout, length: int) -> None:
+        self._rollout, self._length = rollout, length
+        self._block: Block | None = None
+        self._finals = rollout.num_envs
+
+    def __iter__(self) -> "_Blocks":
+        return self
+
+    def __next__(self) -> Batch:
+        rollout = self._rollout
+        while self._block is None or not self._block.full:
+            if self._block is None:
+                before = rollout._before()
+                step = next(rollout)
+                self._block = Block(self._length, step, before, self._finals)
+            else:
+                step = next(rollout)
+            self._block.write(step, quiet=rollout._quiet)
+        block, self._block = self._block, None
+        batch = block.batch(rollout._after(), rollout._memory[0])
+        self._finals = max(self._finals, block.finals + rollout.num_envs)
+        return batch

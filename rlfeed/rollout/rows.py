@@ -26,8 +26,19 @@ def take(table: Nest, ids: Int64[ndarray, " k"], num_envs: int) -> Nest:
     Returns:
         ``[k, ...]`` per leaf; the table itself where all are asked for.
     """
-    if len(ids) == num_envs:
-        return table
+    return table if len(ids) == num_envs else pick(table, ids)
+
+
+def pick(table: Nest, ids: Int64[ndarray, " k"]) -> Nest:
+    """Copy the rows of some environments.
+
+    Args:
+        table: ``[N, ...]`` per leaf.
+        ids: Which.
+
+    Returns:
+        ``[k, ...]`` per leaf, in memory of their own.
+    """
     return map_nest(lambda leaf: leaf[ids if isinstance(leaf, ndarray) else torch.from_numpy(ids)], table)
 
 
@@ -52,6 +63,35 @@ def put(table: Nest, ids: Int64[ndarray, " k"], rows: Nest, num_envs: int) -> Ne
         return old
 
     return map_nest(replaced, table, rows)
+
+
+def table_like(rows: Any, num_envs: int) -> Any:
+    """Make a table for rows of one leaf.
+
+    Args:
+        rows: ``[k, ...]``, an array or a tensor.
+        num_envs: N.
+
+    Returns:
+        ``[N, ...]`` zeros.
+    """
+    shape = (num_envs, *rows.shape[1:])
+    return rows.new_zeros(shape) if isinstance(rows, Tensor) else np.zeros(shape, rows.dtype)
+
+
+def write(table: Nest, ids: Int64[ndarray, " k"], rows: Nest) -> None:
+    """Write the rows of some environments into a table that nobody else holds.
+
+    Args:
+        table: ``[N, ...]`` per leaf.
+        ids: Which, ascending.
+        rows: ``[k, ...]`` per leaf.
+    """
+
+    def written(old: Any, new: Any) -> None:
+        old[ids if isinstance(old, ndarray) else torch.from_numpy(ids)] = new
+
+    map_nest(written, table, rows)
 
 
 def reset_rows(rows: Nest, where: Bool[ndarray, " k"], initial: Nest) -> Nest:

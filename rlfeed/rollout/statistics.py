@@ -21,16 +21,56 @@ class EpisodeRecord:
         total_reward: The undiscounted return.
         length: Steps.
         env_steps: The run's env steps when it ended.
+        success: What the environment's info told, such as 0.0 or 1.0; None where it told nothing.
     """
 
     env_id: int
     total_reward: float
     length: int
     env_steps: int
+    success: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Hold where the time of a rollout went, since it was made.
+
+    Args:
+        policy_s: Seconds until actions were decided and checked.
+        environments_s: Seconds in which the environments took them.
+        rest_s: Seconds from there to the next step: storing, statistics, and whatever its user did meanwhile.
+        env_steps: Steps in that time, summed over environments.
+    """
+
+    policy_s: float
+    environments_s: float
+    rest_s: float
+    env_steps: int
+
+    def rates(self, before: "Timing | None" = None) -> dict[str, float]:
+        """Give steps per second of each stage, as if it were alone.
+
+        Args:
+            before: An earlier reading; then only what came after it counts.
+
+        Returns:
+            ``"policy"``, ``"environments"`` and ``"rest"``; NaN where no time went by.
+        """
+        start = before or Timing(0.0, 0.0, 0.0, 0)
+        steps = self.env_steps - start.env_steps
+        spent = {
+            "policy": self.policy_s - start.policy_s,
+            "environments": self.environments_s - start.environments_s,
+            "rest": self.rest_s - start.rest_s,
+        }
+        return {stage: steps / seconds if seconds > 0 else float("nan") for stage, seconds in spent.items()}
 
 
 class EpisodeStatistics:
-    """Sum up rewards and lengths of episodes; a lost episode is none.
+    """Sum up rewards and lengths of episodes; one that was lost or cut is none.
+
+    ``episodes`` counts those that ended, ``lost`` the environments that were lost, ``cut`` the episodes that were cut
+    beside one; ``finished`` has those that ended in the last step, ``window`` the last 100.
 
     Args:
         num_envs: N.
@@ -41,6 +81,7 @@ class EpisodeStatistics:
         self._lengths = np.zeros(num_envs, np.int64)
         self.episodes = 0
         self.lost = 0
+        self.cut = 0
         self.finished: tuple[EpisodeRecord, ...] = ()
         self.window: deque[EpisodeRecord] = deque(maxlen=WINDOW)
 
@@ -62,6 +103,16 @@ class EpisodeStatistics:
         """
         return float(np.mean([record.length for record in self.window])) if self.window else float("nan")
 
+    @property
+    def mean_success(self) -> float:
+        """Average what the last 100 episodes told of their success.
+
+        Returns:
+            The mean over those that told; NaN where none did.
+        """
+        told = [record.success for record in self.window if record.success is not None]
+        return float(np.mean(told)) if told else float("nan")
+
     def update(
         self,
         env_ids: Int64[ndarray, " k"],
@@ -69,15 +120,20 @@ class EpisodeStatistics:
         ended: Bool[ndarray, " k"] | None,
         lost: Bool[ndarray, " k"] | None,
         env_steps: int,
+        *,
+        cut: Bool[ndarray, " k"] | None = None,
+        success: Float64[ndarray, " k"] | None = None,
     ) -> None:
         """Count one step.
 
         Args:
             env_ids: The environments that took it.
             reward: Their rewards.
-            ended: True where an episode ended; None where none did.
+            ended: True where an episode is over, however; None where none is.
             lost: True where the environment was lost: the step and its episode do not count; None: nowhere.
             env_steps: The run's env steps, this one included.
+            cut: True where the step is whole but its episode does not count; None: nowhere.
+            success: What infos told of the episodes that ended, NaN where nothing; None: nowhere.
         """
         if len(env_ids) == len(self._returns):
             self._returns += reward
@@ -85,19 +141,24 @@ class EpisodeStatistics:
         else:
             self._returns[env_ids] += reward
             self._lengths[env_ids] += 1
-        if lost is not None:
-            self.discard(env_ids[lost])
-            self.lost += int(lost.sum())
         if ended is None:
             self.finished = ()
             return
-        over = env_ids[ended] if lost is None else env_ids[ended & ~lost]
+        whole = ended
+        if lost is not None:
+            self.lost += int(lost.sum())
+            whole = whole & ~lost
+        if cut is not None:
+            self.cut += int(cut.sum())
+            whole = whole & ~cut
+        told = [None] * len(env_ids) if success is None else [None if x != x else x for x in success.tolist()]
         self.finished = tuple(
-            EpisodeRecord(int(i), float(self._returns[i]), int(self._lengths[i]), env_steps) for i in over
+            EpisodeRecord(i, float(self._returns[i]), int(self._lengths[i]), env_steps, told[row])
+            for row, i in zip(whole.nonzero()[0].tolist(), env_ids[whole].tolist(), strict=True)
         )
         self.window.extend(self.finished)
         self.episodes += len(self.finished)
-        self.discard(over)
+        self.discard(env_ids[ended])
 
     def discard(self, env_ids: Int64[ndarray, " k"]) -> None:
         """Forget the running episodes of some environments.
@@ -109,22 +170,28 @@ class EpisodeStatistics:
         self._lengths[env_ids] = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Give counts and window; running episodes are not kept, since they do not come back.
+        """Give counts, window, and the sums of running episodes.
 
         Returns:
             The state.
         """
-        window = [(r.env_id, r.total_reward, r.length, r.env_steps) for r in self.window]
-        return {"episodes": self.episodes, "lost": self.lost, "window": window}
+        return {
+            "episodes": self.episodes,
+            "lost": self.lost,
+            "cut": self.cut,
+            "window": [(r.env_id, r.total_reward, r.length, r.env_steps, r.success) for r in self.window],
+            "returns": self._returns.copy(),
+            "lengths": self._lengths.copy(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take counts and window back; running episodes begin at zero.
+        """Take everything back; `discard` the episodes that do not come back.
 
         Args:
             state: What `state_dict` gave.
         """
-        self.episodes, self.lost = int(state["episodes"]), int(state["lost"])
+        self.episodes, self.lost, self.cut = int(state["episodes"]), int(state["lost"]), int(state["cut"])
         self.finished = ()
         self.window = deque((EpisodeRecord(*record) for record in state["window"]), maxlen=WINDOW)
-        self._returns[:] = 0.0
-        self._lengths[:] = 0
+        self._returns[:] = state["returns"]
+        self._lengths[:] = state["lengths"]

@@ -1,4 +1,4 @@
-"""Assemble steps into batches: whole episodes and blocks."""
+"""Assemble steps into batches: whole episodes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlfeed.envs.autoreset import Ready
 from rlfeed.errors import ConfigError
 from rlfeed.nest import Nest, map_nest, stack
 from rlfeed.rollout.rows import to_numpy, to_tensor
-from rlfeed.types import Batch, PolicyContext, Step
+from rlfeed.types import Batch, Step
 
 
 def positive(where: str, value: Any) -> int:
@@ -79,49 +78,20 @@ def episode_batch(rows: Sequence[tuple[Step, int]]) -> Batch:
         carry=map_nest(lambda leaf: to_tensor(leaf)[first_row : first_row + 1], first.carry),
         prev_action=map_nest(lambda leaf: torch.zeros_like(leaf[:, 0]), action),
         prev_reward=torch.zeros(1),
-        extras=series("extras"),
+        extras=_tensors(stack([_row(columns_of(step), row) for step, row in rows])),
     )
 
 
-def block_batch(steps: Sequence[Step], context: PolicyContext, ready: Ready) -> Batch:
-    """Assemble consecutive steps of all environments.
+def columns_of(step: Step) -> dict[str, Nest]:
+    """Give the columns beside a step's own fields.
 
     Args:
-        steps: T steps of N rows each.
-        context: What the policy was told before the first one.
-        ready: What is acted on after the last one.
+        step: The step.
 
     Returns:
-        A batch ``[N, T]``.
+        Its extras, and ``env_action`` where the environments got another action than the policy's.
     """
-
-    def series(field: str) -> Nest:
-        parts = [getattr(step, field) for step in steps]
-        return map_nest(lambda *leaves: torch.from_numpy(np.stack([to_numpy(x) for x in leaves], axis=1)), *parts)
-
-    ends = [(int(row), t) for t, step in enumerate(steps) for row in np.flatnonzero(step.terminated | step.truncated)]
-    finals = [map_nest(lambda leaf, row=row: leaf[row : row + 1], steps[t].next_observation) for row, t in ends]
-    finals = finals or [map_nest(lambda leaf: leaf[:0], ready.observation)]
-    observations = [*(step.observation for step in steps), ready.observation]
-    kept = [np.ones(len(step), bool) if step.lost is None else ~step.lost for step in steps]
-    mask = torch.from_numpy(np.stack(kept, axis=1))
-    return Batch(
-        observation=map_nest(lambda *leaves: torch.from_numpy(np.stack(leaves, axis=1)), *observations),
-        action=series("action"),
-        reward=series("reward"),
-        terminated=series("terminated"),
-        truncated=series("truncated"),
-        is_first=series("is_first"),
-        mask=mask,
-        loss_mask=mask.clone(),
-        lengths=torch.full((len(mask),), len(steps)),  # nothing is padding: a step that was lost is only masked
-        carry=map_nest(to_tensor, steps[0].carry),
-        prev_action=map_nest(lambda leaf: torch.from_numpy(leaf.copy()), context.prev_action),
-        prev_reward=torch.from_numpy(context.prev_reward.copy()),
-        final_observation=map_nest(lambda *leaves: torch.from_numpy(np.concatenate(leaves)), *finals),
-        final_index=torch.tensor(ends, dtype=torch.int64).reshape(-1, 2),
-        extras=series("extras"),
-    )
+    return step.extras if step.env_action is None else {**step.extras, "env_action": step.env_action}
 
 
 def _row(nest: Nest, row: int) -> Nest:

@@ -1,18 +1,23 @@
 """Collect, episodes and blocks: views on the one loop."""
 
 import itertools
+import tracemalloc
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from support.batches import assert_same
 from support.known_streams import AUTORESETS, act, expected_stream, identifiable_envs
 
 from rlfeed.envs import SerialEnvs
-from rlfeed.errors import ConfigError, UnsupportedError
+from rlfeed.errors import ConfigError, PolicyError
+from rlfeed.feed import DeviceFeed
+from rlfeed.nest import leaves
 from rlfeed.rollout import Rollout
 from rlfeed.testing import IdentifiableEnv
-from rlfeed.types import PolicyOutput
+from rlfeed.types import Batch, PolicyOutput
 
 ENDS = ("terminated", "truncated", "both")
 
@@ -146,11 +151,110 @@ def test_blocks_without_an_end_have_empty_finals():
     assert batch.final_observation["image"].shape == (0, 8, 8, 1)
 
 
-def test_blocks_environments_out_of_step_are_refused_with_the_remedy():
+def test_blocks_environments_out_of_step_are_padded_behind_their_steps():
     makers = [lambda: IdentifiableEnv(0, lengths=(2,)), lambda: IdentifiableEnv(1, lengths=(9,))]
-    rollout = Rollout(SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP), act)
-    with pytest.raises(UnsupportedError, match="autoreset='same_step'"):
-        list(itertools.islice(rollout.blocks(4), 3))
+    rollout = Rollout(SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP), Recurrent())
+    streams = [expected_stream(0, (2,), ENDS, 20), expected_stream(1, (9,), ENDS, 20)]
+    at = [0, 0]
+    for batch in itertools.islice(rollout.blocks(4), 3):
+        assert batch.lengths[1] == 4
+        assert batch.lengths[0] < 4
+        for env, stream in enumerate(streams):
+            steps = stream[at[env] : at[env] + int(batch.lengths[env])]
+            assert batch.observation[env, : len(steps), 2].tolist() == [s["observation"][2] for s in steps]
+            # What its last step led to, or, where that ended an episode and its reset is known, the next first one.
+            upcoming = (steps[-1]["next_observation"], stream[at[env] + len(steps)]["observation"])
+            assert tuple(batch.observation[env, len(steps)].tolist()) in upcoming
+            assert batch.mask[env].tolist() == [True] * len(steps) + [False] * (4 - len(steps))
+            at[env] += len(steps)
+
+
+def test_blocks_lie_in_one_piece_of_memory_of_their_own():
+    rollout = Rollout(identifiable_envs("serial", 2, lengths=(3, 1), observation="dict"), Recurrent())
+    first, second = itertools.islice(rollout.blocks(4), 2)
+    block, layout = first.block_and_layout()
+    assert all(slot.offset % 64 == 0 for slot in layout.slots)
+    assert len(block) == layout.nbytes
+    named = {f.name for f in fields(Batch) if f.init and list(leaves(getattr(first, f.name))) not in ([], [((), None)])}
+    assert {slot.name for slot in layout.slots} == named
+    assert second.block_and_layout()[0].data_ptr() != block.data_ptr()
+    before = first.observation["vector"].clone()
+    next(rollout.blocks(4))
+    assert torch.equal(first.observation["vector"], before)
+
+
+def test_blocks_copy_each_observation_once():
+    # What is alive at a time: the block, and the arrays of a few steps. A list of steps and its stack would be twice.
+    rollout = Rollout(identifiable_envs("serial", 4, lengths=(1000,), observation="dict"), act)
+    blocks = rollout.blocks(400)
+    tracemalloc.start()
+    batch = next(blocks)
+    _, peak = tracemalloc.get_traced_memory()  # torch's own memory, which holds the block, is not counted
+    tracemalloc.stop()
+    assert peak < 0.25 * batch.block_and_layout()[1].nbytes
+
+
+def test_blocks_through_a_device_feed_are_the_blocks():
+    batches = list(itertools.islice(Rollout(identifiable_envs("serial", 3), Recurrent()).blocks(5), 3))
+    feed = DeviceFeed(Rollout(identifiable_envs("serial", 3), Recurrent()).blocks(5), "cpu")
+    for batch in batches:
+        assert_same(next(feed), batch)
+
+
+def test_blocks_go_on_after_an_error_of_the_policy():
+    wrong = iter([False] * 4 + [True] + [False] * 20)
+    rollout = Rollout(
+        identifiable_envs("serial", 2), lambda o: np.zeros(3, np.int64) if next(wrong) else act(o)
+    )
+    blocks = rollout.blocks(3)
+    first = next(blocks)
+    with pytest.raises(PolicyError, match=r"has shape \(3,\)"):
+        next(blocks)
+    same = Rollout(identifiable_envs("serial", 2), act).blocks(3)
+    assert_same(first, next(same))
+    assert_same(next(blocks), next(same))
+
+
+@pytest.mark.parametrize("extras", [{}, {"value": np.zeros((2, 2))}, {"value": np.zeros(2, np.float32)}])
+def test_blocks_extras_that_change_are_refused_by_name(extras):
+    given = iter([{"value": np.zeros(2)}, extras])
+
+    class Changing:
+        def initial_carry(self, num_envs):
+            return ()
+
+        def __call__(self, observation, carry, context):
+            return PolicyOutput(act(observation), (), next(given))
+
+    with pytest.raises(PolicyError, match=r'extras\["value"\] is .*; expected float64 of shape \(k,\)'):
+        next(Rollout(identifiable_envs("serial", 2), Changing()).blocks(3))
+
+
+def test_blocks_restarted_inside_keep_what_the_last_steps_led_to():
+    rollout = Rollout(identifiable_envs("serial", 2, lengths=(9,)), act)
+    blocks = rollout.blocks(4)
+
+    calls = iter(range(100))
+    decide = rollout.policy
+
+    class Twice:
+        def initial_carry(self, num_envs):
+            return ()
+
+        def __call__(self, observation, carry, context):
+            if next(calls) == 2:
+                raise KeyboardInterrupt
+            return decide(observation, carry, context)
+
+    rollout.policy = Twice()
+    with pytest.raises(KeyboardInterrupt):
+        next(blocks)
+    rollout.restart()
+    batch = next(blocks)
+    assert batch.observation[0, :, 1:3].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [1, 2]]
+    assert batch.final_index.tolist() == [[0, 1], [1, 1]]
+    assert batch.final_observation[:, :3].tolist() == [[0, 0, 2], [1, 0, 2]]
+    assert not (batch.terminated | batch.truncated).any()
 
 
 @pytest.mark.parametrize("call", [lambda r: r.blocks(0), lambda r: r.episodes(0), lambda r: r.episodes(True)])

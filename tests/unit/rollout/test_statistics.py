@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from rlfeed.rollout import EpisodeRecord, EpisodeStatistics
+from rlfeed.rollout import EpisodeRecord, EpisodeStatistics, Timing
 
 BOTH = np.arange(2)
 
@@ -51,12 +51,40 @@ def test_statistics_lost_episode_is_none_and_leaves_nothing_to_the_next():
     assert statistics.finished == (EpisodeRecord(1, 4.0, 1, 5),)
 
 
-def test_statistics_restored_have_counts_and_window_and_no_running_episodes():
-    statistics = EpisodeStatistics(1)
-    statistics.update(np.array([0]), np.array([3.0]), flags(True), None, 1)
-    statistics.update(np.array([0]), np.array([9.0]), None, None, 2)
-    restored = EpisodeStatistics(1)
+def test_statistics_restored_go_on_where_they_were():
+    statistics = EpisodeStatistics(2)
+    statistics.update(BOTH, np.array([3.0, 1.0]), flags(True, False), None, 2, success=np.array([1.0, np.nan]))
+    statistics.update(BOTH, np.array([9.0, 1.0]), flags(False, True), None, 4, cut=flags(False, True))
+    restored = EpisodeStatistics(2)
     restored.load_state_dict(statistics.state_dict())
-    restored.update(np.array([0]), np.array([5.0]), flags(True), None, 3)
-    assert list(restored.window) == [EpisodeRecord(0, 3.0, 1, 1), EpisodeRecord(0, 5.0, 1, 3)]
-    assert restored.episodes == 2
+    assert (restored.episodes, restored.cut, restored.mean_success) == (1, 1, 1.0)
+    restored.update(BOTH, np.array([5.0, 7.0]), flags(True, True), None, 6)
+    assert list(restored.window) == [
+        EpisodeRecord(0, 3.0, 1, 2, 1.0), EpisodeRecord(0, 14.0, 2, 6), EpisodeRecord(1, 7.0, 1, 6),
+    ]  # fmt: skip
+
+
+def test_statistics_cut_episode_is_none_and_leaves_nothing_to_the_next():
+    statistics = EpisodeStatistics(2)
+    statistics.update(BOTH, np.array([1.0, 50.0]), flags(True, True), None, 2, cut=flags(False, True))
+    assert statistics.finished == (EpisodeRecord(0, 1.0, 1, 2),)
+    assert (statistics.episodes, statistics.cut, statistics.lost) == (1, 1, 0)
+    statistics.update(BOTH, np.array([1.0, 4.0]), flags(False, True), None, 4)
+    assert statistics.finished == (EpisodeRecord(1, 4.0, 1, 4),)
+
+
+def test_statistics_success_is_averaged_over_the_episodes_that_told():
+    statistics = EpisodeStatistics(2)
+    assert math.isnan(statistics.mean_success)
+    for told in ([1.0, np.nan], [0.0, 1.0]):
+        statistics.update(BOTH, np.zeros(2), flags(True, True), None, 2, success=np.array(told))
+    assert [record.success for record in statistics.window] == [1.0, None, 0.0, 1.0]
+    assert statistics.mean_success == 2 / 3
+
+
+def test_timing_rates_are_those_between_two_readings():
+    before, after = Timing(1.0, 2.0, 3.0, 100), Timing(1.5, 2.0, 5.0, 200)
+    rates = after.rates(before)
+    assert (rates["policy"], rates["rest"]) == (200.0, 50.0)
+    assert math.isnan(rates["environments"])
+    assert after.rates()["environments"] == 100.0
