@@ -93,9 +93,7 @@ class Block:
             ids = np.arange(self._num_envs) if ids is None else ids
             at = (self._lengths[ids], ids)
         for name, path, view in self._columns:
-            leaf: Any = extras if name == "extras" else getattr(step, name)
-            for key in path:
-                leaf = leaf[key] if type(leaf) is tuple else leaf.get(key)
+            leaf = _leaf(extras if name == "extras" else getattr(step, name), path)
             if leaf is None or leaf.dtype != view.dtype or leaf.shape[1:] != view.shape[2:]:
                 raise _changed(name, path, leaf, view)
             view[at] = leaf
@@ -214,6 +212,8 @@ def _view(slot: Slot, memory: ndarray) -> ndarray:
 
 def _leaf(nest: Nest, path: Path) -> Any:
     for key in path:
+        if type(nest) is dict and key not in nest:
+            return None
         nest = nest[key]
     return nest
 
