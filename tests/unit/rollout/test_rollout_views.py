@@ -187,6 +187,7 @@ def test_blocks_copy_each_observation_once():
     # What is alive at a time: the block, and the arrays of a few steps. A list of steps and its stack would be twice.
     rollout = Rollout(identifiable_envs("serial", 4, lengths=(1000,), observation="dict"), act)
     blocks = rollout.blocks(400)
+    next(blocks)
     tracemalloc.start()
     batch = next(blocks)
     _, peak = tracemalloc.get_traced_memory()  # torch's own memory, which holds the block, is not counted
