@@ -27,8 +27,8 @@ SIGNATURES = {
     "ReplayBuffer": "(observation_space, action_space, *, capacity, num_envs=1, sampler=Uniform(), extras={}, "
     "frame_stack=1, carry_every=1, storage='shared', path=None, seed=0)",
     "Hindsight": "(strategy, fraction, reward_fn)",
-    "Finding": "(where, problem, expected, fix)",
-    "check_env": "(env_or_factory, *, episodes=3)",
+    "Finding": "(where, problem, expected, fix, *, severity='error')",
+    "check_env": "(env_or_factory, *, episodes=3, max_steps=1000, call_timeout_s=60.0, workers=True)",
     "load_policy": "(run_dir)",
     "epoch": "(buffer, unit, batch_size, *, shuffle=True, drop_last=False, num_workers=0, seed=0, transform=None, "
     "bucket=1)",

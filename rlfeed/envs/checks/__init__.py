@@ -1,0 +1,1 @@
+"""The single checks that `rlfeed.envs.check.check_env` is made of."""

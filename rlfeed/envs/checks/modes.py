@@ -1,0 +1,68 @@
+"""The three autoreset modes of Gymnasium's vector environments must give the same episodes."""
+
+import copy
+from typing import Any
+
+from rlfeed.envs.checks.findings import Findings
+from rlfeed.envs.checks.isolation import Watch, quiet
+from rlfeed.envs.checks.plays import difference
+from rlfeed.envs.checks.tour import FIRST_SEED
+from rlfeed.envs.make import Autoreset, make_envs
+from rlfeed.envs.source import EnvSource
+from rlfeed.nest import map_nest, stack
+
+_STEPS = 50
+_NUM_ENVS = 2
+
+
+def check_autoreset(source: EnvSource, watch: Watch, findings: Findings) -> None:
+    """Check that the same steps come out in every autoreset mode.
+
+    Args:
+        source: What makes the environment.
+        watch: Told which call is on its way.
+        findings: What to add to.
+    """
+    first: list[list[tuple[Any, ...]]] = []
+    modes: tuple[Autoreset, ...] = ("same_step", "next_step", "disabled")
+    for mode in modes:
+        try:
+            with watch.call(f"two environments in autoreset mode {mode}"), quiet():
+                played = _play(source, mode)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        else:
+            first = first or played
+            steps = (pair for rows in zip(first, played, strict=True) for pair in zip(*rows, strict=False))
+            problem = next((found for then, now in steps if (found := difference(then, now))), None)
+        if problem is not None:
+            findings.error(
+                "autoreset", f"autoreset mode {mode}", f"the steps are not those of mode {modes[0]}: {problem}",
+                expected="the same episodes in every mode",
+                fix="Begin an episode in reset() only, wherever it is called from, and touch nothing after its end.",
+            )
+            return
+
+
+def _play(source: EnvSource, mode: Autoreset) -> list[list[tuple[Any, ...]]]:
+    """Play environments side by side; give the steps of each."""
+    envs = make_envs(
+        source.target, _NUM_ENVS, kwargs=source.kwargs, wrappers=source.wrappers, mode="sync", autoreset=mode
+    )
+    actions = [copy.deepcopy(envs.action_space) for _ in range(_NUM_ENVS)]
+    for env_id, space in enumerate(actions):
+        space.seed(FIRST_SEED + env_id)
+    steps: list[list[tuple[Any, ...]]] = [[] for _ in range(_NUM_ENVS)]
+    ready = envs.reset(FIRST_SEED, [0] * _NUM_ENVS)
+    for _ in range(_STEPS):
+        masks = [None] * len(ready.env_ids) if ready.action_mask is None else ready.action_mask.astype("int8")
+        acted = ready.env_ids
+        outcome = envs.step(
+            stack([actions[env_id].sample(mask=mask) for env_id, mask in zip(acted, masks, strict=True)])
+        )
+        values = (outcome.next_observation, outcome.reward, outcome.terminated, outcome.truncated)
+        for row, env_id in enumerate(acted):
+            steps[env_id].append(map_nest(lambda leaf, row=row: leaf[row], values))
+        ready = outcome.ready
+    envs.close()
+    return steps
