@@ -1,5 +1,6 @@
-"""Environments with known answers, for tests of rlfeed and of what is built on it."""
+"""Environments with known answers, and broken ones, for tests of rlfeed and of what is built on it."""
 
-from rlfeed.testing.environments import ConstantRewardEnv, IdentifiableEnv
+from rlfeed.testing.broken import BROKEN
+from rlfeed.testing.environments import ConstantRewardEnv, HealthyEnv, IdentifiableEnv
 
-__all__ = ["ConstantRewardEnv", "IdentifiableEnv"]
+__all__ = ["BROKEN", "ConstantRewardEnv", "HealthyEnv", "IdentifiableEnv"]

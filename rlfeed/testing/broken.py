@@ -4,11 +4,8 @@ Each is `HealthyEnv` with one hook, or one method, done as people do it wrong. M
 ``type("Both", (NaNObservation, ArrayReward), {})`` has both faults.
 """
 
-import ctypes
 import os
 import random
-import sys
-import time
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -16,71 +13,25 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-LATE_STEP = 4  # faults of later steps begin here: every episode is longer
-
-
-class HealthyEnv(gymnasium.Env):
-    """Wander at random in a cube; right in every respect. Episodes of 6 to 13 steps end in both ways.
-
-    Its parts are hooks, which broken environments replace.
-    """
-
-    def __init__(self) -> None:
-        self.observation_space: Any = spaces.Box(-1.0, 1.0, (3,), np.float32)
-        self.action_space: Any = spaces.Box(-1.0, 1.0, (2,), np.float32)
-        self._step, self._length, self._by_time = 0, 0, False
-        self._position = np.zeros(3, np.float32)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
-        """Begin an episode.
-
-        Args:
-            seed: Decides the episode.
-            options: Ignored.
-
-        Returns:
-            The first position and an info.
-        """
-        self._seed(seed)
-        self._step = 0
-        start, length, end = self._draw(3), self._draw(1), self._draw(1)
-        self._position = start.astype(np.float32)
-        self._length, self._by_time = 6 + int(4 * (1 + length[0])), bool(end[0] > 0)
-        return self._observe(), self._info()
-
-    def step(self, action: Any) -> Any:
-        """Take one step.
-
-        Args:
-            action: Moves the position.
-
-        Returns:
-            The position, how close to the middle it is, the two flags, and an info.
-        """
-        self._step += 1
-        self._move(action)
-        over = self._step >= self._length
-        return self._observe(), self._reward(), over and not self._by_time, over and self._by_time, self._info()
-
-    def _seed(self, seed: int | None) -> None:
-        super().reset(seed=seed)
-
-    def _draw(self, size: int) -> np.ndarray:
-        return self.np_random.uniform(-1, 1, size)
-
-    def _move(self, action: Any) -> None:
-        push = float(np.sum(action))
-        self._position = np.clip(self._position + 0.1 * push + 0.1 * self._draw(3), -1, 1).astype(np.float32)
-
-    def _observe(self) -> Any:
-        return self._position.copy()
-
-    def _reward(self) -> Any:
-        return -float(np.abs(self._position).sum())
-
-    def _info(self) -> Any:
-        return {}
-
+from rlfeed.testing.environments import LATE_STEP, HealthyEnv
+from rlfeed.testing.failing import (
+    CallsExit,
+    CannotBeClosedTwice,
+    CannotBeMade,
+    ChangesActionSpace,
+    Crashes,
+    EmptyMask,
+    EndsTheProcess,
+    Hangs,
+    MaskAtResetOnly,
+    NoActionSpace,
+    RaisesLater,
+    ShortMask,
+    StateOneWay,
+    StateWithoutGenerator,
+    TextObservation,
+    one_for_all,
+)
 
 # What it returns.
 
@@ -342,179 +293,6 @@ class RemembersEpisodes(HealthyEnv):
     def _move(self, action: Any) -> None:
         self._total += 1
         super()._move(np.sin(self._total))
-
-
-# How it fails.
-
-
-class RaisesLater(HealthyEnv):
-    """Divide by zero in a later step."""
-
-    def _move(self, action: Any) -> None:
-        super()._move(action)
-        self._speed = 1 // int(self._step < LATE_STEP)
-
-
-class CallsExit(HealthyEnv):
-    """Call ``sys.exit`` in a later step."""
-
-    def _move(self, action: Any) -> None:
-        super()._move(action)
-        if self._step >= LATE_STEP:
-            sys.exit("game over")
-
-
-class EndsTheProcess(HealthyEnv):
-    """End the process in a later step."""
-
-    def _move(self, action: Any) -> None:
-        super()._move(action)
-        if self._step >= LATE_STEP:
-            os._exit(3)
-
-
-class Crashes(HealthyEnv):
-    """Read from address zero in a later step."""
-
-    def _move(self, action: Any) -> None:
-        super()._move(action)
-        if self._step >= LATE_STEP:
-            ctypes.string_at(0)
-
-
-class Hangs(HealthyEnv):
-    """Never return from a later step."""
-
-    def _move(self, action: Any) -> None:
-        super()._move(action)
-        while self._step >= LATE_STEP:
-            time.sleep(0.01)
-
-
-class CannotBeMade(HealthyEnv):
-    """Raise in the constructor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        raise ValueError("no licence")
-
-
-class CannotBeClosedTwice(HealthyEnv):
-    """Raise when it is closed again."""
-
-    _open = True
-
-    def close(self) -> None:
-        """See `HealthyEnv`."""
-        if not self._open:
-            raise OSError("not open")
-        self._open = False
-
-
-# Its spaces, masks and state.
-
-
-class NoActionSpace(HealthyEnv):
-    """Have no action space."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        del self.action_space
-
-
-class TextObservation(HealthyEnv):
-    """Have a part that is no array."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.observation_space = spaces.Dict(word=spaces.Text(5), position=self.observation_space)
-
-    def _observe(self) -> Any:
-        return {"word": "left", "position": super()._observe()}
-
-
-class ChangesActionSpace(HealthyEnv):
-    """Change its action space in an episode."""
-
-    def _move(self, action: Any) -> None:
-        super()._move(action)
-        if self._step >= LATE_STEP:
-            self.action_space = spaces.Box(-2.0, 2.0, (2,), np.float32)
-
-
-class _Masked(HealthyEnv):
-    def __init__(self) -> None:
-        super().__init__()
-        self.action_space = spaces.Discrete(3)
-
-    def _info(self) -> Any:
-        return {"action_mask": self._mask()}
-
-    def _mask(self) -> Any:
-        return np.array([True, True, False])
-
-
-class ShortMask(_Masked):
-    """Give a mask for fewer actions than there are."""
-
-    def _mask(self) -> Any:
-        return super()._mask()[:2]
-
-
-class EmptyMask(_Masked):
-    """Allow no action in a later step, although the episode goes on."""
-
-    def _mask(self) -> Any:
-        return super()._mask() & (self._step < LATE_STEP)
-
-
-class MaskAtResetOnly(_Masked):
-    """Give a mask with ``reset`` alone."""
-
-    def _info(self) -> Any:
-        return {} if self._step else super()._info()
-
-
-class StateWithoutGenerator(HealthyEnv):
-    """Leave the generator out of the state."""
-
-    def get_state(self) -> Any:
-        """Give the state, without the generator.
-
-        Returns:
-            Position and counters.
-        """
-        return self._position.copy(), self._step, self._length, self._by_time
-
-    def set_state(self, state: Any) -> None:
-        """Go back to a state.
-
-        Args:
-            state: What `get_state` gave.
-        """
-        self._position, self._step, self._length, self._by_time = state
-
-
-class StateOneWay(HealthyEnv):
-    """Give its state and not take it back."""
-
-    def get_state(self) -> Any:
-        """Give the state.
-
-        Returns:
-            The position.
-        """
-        return self._position.copy()
-
-
-def one_for_all() -> Callable[[], gymnasium.Env]:
-    """Make a factory that gives the same object in every call.
-
-    Returns:
-        The factory.
-    """
-    env = HealthyEnv()
-    return lambda: env
 
 
 # Name: what makes it, and words of what is found, for errors.

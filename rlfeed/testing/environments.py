@@ -9,6 +9,7 @@ from gymnasium import spaces
 
 End = Literal["terminated", "truncated", "both"]
 ENDS = ("terminated", "truncated", "both")
+LATE_STEP = 4  # faults of broken environments begin here or at once: every episode is longer
 
 
 class IdentifiableEnv(gymnasium.Env):
@@ -128,3 +129,66 @@ class ConstantRewardEnv(gymnasium.Env):
         self._step += 1
         progress = np.array([self._step / self.length], np.float32)
         return progress, float(action == self.best_action), False, self._step == self.length, {}
+
+
+class HealthyEnv(gymnasium.Env):
+    """Wander at random in a cube; right in every respect. Episodes of 6 to 13 steps end in both ways.
+
+    Its parts are hooks, which broken environments replace.
+    """
+
+    def __init__(self) -> None:
+        self.observation_space: Any = spaces.Box(-1.0, 1.0, (3,), np.float32)
+        self.action_space: Any = spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self._step, self._length, self._by_time = 0, 0, False
+        self._position = np.zeros(3, np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        """Begin an episode.
+
+        Args:
+            seed: Decides the episode.
+            options: Ignored.
+
+        Returns:
+            The first position and an info.
+        """
+        self._seed(seed)
+        self._step = 0
+        start, length, end = self._draw(3), self._draw(1), self._draw(1)
+        self._position = start.astype(np.float32)
+        self._length, self._by_time = 6 + int(4 * (1 + length[0])), bool(end[0] > 0)
+        return self._observe(), self._info()
+
+    def step(self, action: Any) -> Any:
+        """Take one step.
+
+        Args:
+            action: Moves the position.
+
+        Returns:
+            The position, how close to the middle it is, the two flags, and an info.
+        """
+        self._step += 1
+        self._move(action)
+        over = self._step >= self._length
+        return self._observe(), self._reward(), over and not self._by_time, over and self._by_time, self._info()
+
+    def _seed(self, seed: int | None) -> None:
+        super().reset(seed=seed)
+
+    def _draw(self, size: int) -> np.ndarray:
+        return self.np_random.uniform(-1, 1, size)
+
+    def _move(self, action: Any) -> None:
+        push = float(np.sum(action))
+        self._position = np.clip(self._position + 0.1 * push + 0.1 * self._draw(3), -1, 1).astype(np.float32)
+
+    def _observe(self) -> Any:
+        return self._position.copy()
+
+    def _reward(self) -> Any:
+        return -float(np.abs(self._position).sum())
+
+    def _info(self) -> Any:
+        return {}
