@@ -1,5 +1,6 @@
 """How many processes to step environments in: decided by a short measurement, and said."""
 
+import multiprocessing
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,6 +112,8 @@ def choose_layout(make: EnvSource, num_envs: int, layout: Layout, *, mode: str) 
         workers = _workers_of(layout, num_envs)
         return Choice(workers, f"{workers} workers, as asked for")
     cores = processors()
+    if multiprocessing.current_process().daemon:
+        return Choice(0, "this process: one that is a worker itself may not start others")
     if mode == "pool":  # nobody steps an environment in this process that a pool was asked for
         return Choice(min(num_envs, cores), f"one worker for each of {cores} processors, at most one an environment")
     if min(num_envs, cores) < 2:

@@ -56,6 +56,7 @@ def make_envs(
     on_fault: OnFault | None = None,
     max_restarts: int = MAX_RESTARTS,
     step_timeout_s: float = 60.0,
+    first_env_id: int = 0,
 ) -> Envs:
     """Make environments, found by name, file, module or given as a class or function.
 
@@ -83,6 +84,7 @@ def make_envs(
             ``"restart"`` in a pool, else ``"raise"``. Gymnasium's vector environments always raise.
         max_restarts: How often in a row one environment is begun anew before it is given up.
         step_timeout_s: Of a pool and ``"async"``: seconds that one call of an environment may take.
+        first_env_id: Where several processes have environments of one run: the number of the first one here.
 
     Returns:
         The environments.
@@ -107,6 +109,8 @@ def make_envs(
         if mode != "auto":
             raise ConfigError(f"make_envs: mode is {mode!r}; expected 'auto' for {foreign.name}. Leave it out.")
         return foreign
+    if first_env_id and mode not in ("auto", "serial", "pool"):
+        raise ConfigError(f"make_envs: first_env_id is {first_env_id} in mode {mode!r}; expected it of ours only.")
     if layout != "auto" or min_ready is not None:
         if mode not in ("auto", "pool"):
             raise ConfigError(
@@ -118,13 +122,15 @@ def make_envs(
     if mode == "vector":
         return native_envs(source, num_envs, AUTORESETS[autoreset])
     if mode in ("auto", "serial", "pool"):
-        faults: dict[str, Any] = {"max_restarts": max_restarts} | ({} if on_fault is None else {"on_fault": on_fault})
+        ours: dict[str, Any] = {"max_restarts": max_restarts, "first_env_id": first_env_id}
+        if on_fault is not None:
+            ours["on_fault"] = on_fault
         choice = choose_layout(source, num_envs, layout, mode=mode)
         if choice.workers:
             waits: dict[str, Any] = {"min_ready": min_ready, "step_timeout_s": step_timeout_s}
-            return PoolEnvs(source, num_envs, choice.workers, choice=choice.why, **waits, **faults)
+            return PoolEnvs(source, num_envs, choice.workers, choice=choice.why, **waits, **ours)
         envs = [source() for _ in range(num_envs)]
-        return SerialEnvs(envs, source.name, makers=[source] * num_envs, choice=choice.why, **faults)
+        return SerialEnvs(envs, source.name, makers=[source] * num_envs, choice=choice.why, **ours)
     makers = [_NumberedSource(source, env_id, num_envs) for env_id in range(num_envs)]
     if mode == "async":
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"

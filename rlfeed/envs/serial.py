@@ -119,7 +119,7 @@ class SerialEnvs:
             if group.success:
                 success = np.full(self.num_envs, np.nan)
                 success[list(group.success)] = list(group.success.values())
-            self._policy.ended(group.ended)
+            self._policy.ended([group.first + row for row in group.ended])
             observation = map_nest(np.copy, successor)
             self._settle(faults, observation, mask, group.ended)
         self._ready = Ready(self._ids, observation, mask)
@@ -139,7 +139,7 @@ class SerialEnvs:
         group, begin = self._group, list(ended)
         while faults or begin:
             for row, error in faults.items():
-                self._policy.meet(row, group.episodes[row], error)
+                self._policy.meet(group.first + row, group.episodes[row], error)
                 group.renew(row)
             begin = sorted([*begin, *faults])
             for row in begin:

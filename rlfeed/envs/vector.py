@@ -37,6 +37,7 @@ class PoolEnvs:
         source: Makes one environment, also in another process.
         num_envs: N.
         workers: Processes, at most N; environments are shared out evenly.
+        first_env_id: The number of the first one; episodes have their seeds by it.
         min_ready: How many environments a step waits for; the others follow when they are ready. None waits for all:
             the only way that is repeatable.
         on_fault: What to do when an environment breaks: ``"restart"``, which loses the step and begins a new episode,
@@ -60,6 +61,7 @@ class PoolEnvs:
         num_envs: int,
         workers: int,
         *,
+        first_env_id: int = 0,
         min_ready: int | None = None,
         on_fault: OnFault = "restart",
         max_restarts: int = MAX_RESTARTS,
@@ -75,6 +77,7 @@ class PoolEnvs:
         env.close()
         self._check = ObservationCheck(self.observation_space)
         self._policy = FaultPolicy(self.name, on_fault, max_restarts)
+        self._first = first_env_id
         self._enough = num_envs if min_ready is None else min_ready
         bounds = [round(worker * num_envs / workers) for worker in range(workers + 1)]
         self._rows = list(pairwise(bounds))
@@ -183,8 +186,8 @@ class PoolEnvs:
         self._crew.end()
 
     def _job(self, worker: int, line: Lifeline) -> Job:
-        spaces = self.observation_space, self.action_space
-        return Job(worker, self._rows[worker], self.num_envs, self._source, self.name, spaces, self._slab, line)
+        numbers = worker, self._rows[worker], self._first, self.num_envs
+        return Job(*numbers, self._source, self.name, (self.observation_space, self.action_space), self._slab, line)
 
     def _collect(self, workers: list[int], ids: Int64[ndarray, " k"], env_ids: ndarray | None) -> Outcome:
         """Take what workers have written, see to what broke, and show what to act on next."""
@@ -205,7 +208,7 @@ class PoolEnvs:
             success[ended] = told
         slab.episodes[over] += 1
         self._lengths[over] = 0
-        self._policy.ended(over.tolist())
+        self._policy.ended((over + self._first).tolist())
         if lost is not None:
             replaced = [worker for worker in broken if self._settle(worker)]
             if replaced:
@@ -260,7 +263,7 @@ class PoolEnvs:
                 error = getattr(rlfeed.errors, kind)(message)
                 if row < 0:
                     raise error
-                self._policy.meet(first + row, int(self._slab.episodes[first + row]), error)
+                self._policy.meet(self._first + first + row, int(self._slab.episodes[first + row]), error)
                 self._slab.episodes[first + row] += 1
                 self._lengths[first + row] = 0
             crew.tell(worker, BEGIN)
@@ -273,9 +276,11 @@ class PoolEnvs:
         row, doing = (int(n) for n in slab.calls[worker, :2])
         guilty, how = first + row, self._crew.dead.pop(worker, None)
         if how is not None:  # else it has been told, and somebody has caught it
-            open_ones = [i for i in range(first, end) if self._lengths[i] and (i != guilty or doing == IDLE)]
-            besides = f" So are those beside it, of env {', '.join(map(str, open_ones))}." if open_ones else ""
-            self._policy.meet(guilty, int(slab.episodes[guilty]), self._obituary(worker, guilty, doing, how), besides)
+            others = [i for i in range(first, end) if self._lengths[i] and (i != guilty or doing == IDLE)]
+            named = ", ".join(str(self._first + i) for i in others)
+            besides = f" So are those beside it, of env {named}." if others else ""
+            error = self._obituary(worker, guilty, doing, how)
+            self._policy.meet(self._first + guilty, int(slab.episodes[guilty]), error, besides)
         # An episode without a step is begun again, unless it was its beginning that failed.
         slab.episodes[first:end] += self._lengths[first:end] > 0
         slab.episodes[guilty] += doing == RESET and not self._lengths[guilty]
@@ -293,20 +298,20 @@ class PoolEnvs:
             for _, kind, message in self._crew.reports.pop(worker, ()):
                 raise getattr(rlfeed.errors, kind)(message)
 
-    def _obituary(self, worker: int, env_id: int, doing: int, how: str) -> RlfeedError:
+    def _obituary(self, worker: int, row: int, doing: int, how: str) -> RlfeedError:
         """Say how a worker died, and over what."""
-        first, end = self._rows[worker]
+        first, end = (self._first + row for row in self._rows[worker])
         process = f"worker {worker} (process {self._crew.processes[worker].pid}, environments {first} to {end - 1})"
         if doing == IDLE:
             return WorkerError(f"{self.name}: {process} {how} between two calls; expected it to live on.")
-        episode, length = int(self._slab.episodes[env_id]), int(self._lengths[env_id])
+        episode, length, env_id = int(self._slab.episodes[row]), int(self._lengths[row]), self._first + row
         seed = episode_seed(self._seed, env_id, episode)
-        action = map_nest(lambda column: column[env_id].tolist(), self._slab.action)
+        action = map_nest(lambda column: column[row].tolist(), self._slab.action)
         call = f"step({action!r})" if doing == STEP else f"reset(seed={seed})"
         advice = " Perhaps memory ran out: see the system's log." if "SIGKILL" in how else ""
         return EnvFailedError(
-            f"{self.name}: env {env_id} of {self.num_envs}, step {length} of its episode {episode} (seed {seed}): "
-            f"{call} in {process} {how}. Play that episode in this process to see why (mode='serial').{advice}"
+            f"{self.name}: env {env_id} of {self._first + self.num_envs}, step {length} of its episode {episode} "
+            f"(seed {seed}): {call} in {process} {how}. Play that episode in this process to see why (mode='serial').{advice}"
         )
 
 

@@ -32,6 +32,7 @@ class Job:
     Args:
         worker: Its number.
         rows: The first row that is its, and the first that is not.
+        first_env_id: The number of the environment in row 0.
         num_envs: How many there are in all.
         source: Makes one environment.
         name: What they are called.
@@ -42,6 +43,7 @@ class Job:
 
     worker: int
     rows: tuple[int, int]
+    first_env_id: int
     num_envs: int
     source: EnvSource
     name: str
@@ -90,7 +92,12 @@ class _Worker:
                 "Build all environments alike."
             )
         self._group = EnvGroup(
-            envs, job.name, first=first, num_envs=job.num_envs, makers=[job.source] * len(envs), book=self
+            envs,
+            job.name,
+            first=job.first_env_id + first,
+            num_envs=job.first_env_id + job.num_envs,
+            makers=[job.source] * len(envs),
+            book=self,
         )
         slab = job.slab
 

@@ -12,7 +12,7 @@ from rlfeed.rollout import Rollout
 
 SIGNATURES = {
     "make_envs": "(id_or_callable, num_envs=1, *, kwargs=None, wrappers=(), mode='auto', autoreset='same_step', "
-    "layout='auto', min_ready=None, on_fault=None, max_restarts=5, step_timeout_s=60.0)",
+    "layout='auto', min_ready=None, on_fault=None, max_restarts=5, step_timeout_s=60.0, first_env_id=0)",
     "Step": "(observation, action, reward, next_observation, terminated, truncated, *, is_first, env_ids=None, "
     "lost=None, carry=(), extras=<factory>, env_action=None)",
     "PolicyContext": "(is_first, mode, env_ids, env_steps, prev_action, prev_reward, action_mask, generator)",

@@ -59,6 +59,23 @@ def test_pool_plays_the_episodes_of_one_process_in_any_layout(num_envs, workers)
     shared.close()
 
 
+@pytest.mark.parametrize("where", ["serial", "pool"])
+def test_first_env_id_numbers_the_environments_of_a_process_beside_others(where):
+    """Episodes and faults are those of the same numbers in one process."""
+    plan = {(3, 0, 4): "raise"}
+    make = partial(FaultyEnv, plan=plan, seeds=SEEDS)
+    if where == "pool":
+        envs = faulty(plan, 2, num_envs=2, first_env_id=2)
+    else:
+        envs = make_envs(make, 2, mode="serial", on_fault="restart", first_env_id=2)
+    rollout = Rollout(envs, fives)
+    with pytest.warns(RuntimeWarning, match="env 3 of 4, step 4 of its episode 0"):
+        steps = list(itertools.islice(rollout, 5))
+    assert [step.observation[:, 0].tolist() for step in steps] == [[2, 3]] * 5
+    assert envs.faults[0].env_id == 3
+    envs.close()
+
+
 class Nested(gymnasium.Env):
     """Nested observations and actions; each observation holds the action before it, and a mask that allows few."""
 
