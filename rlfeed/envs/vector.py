@@ -311,7 +311,8 @@ class PoolEnvs:
         advice = " Perhaps memory ran out: see the system's log." if "SIGKILL" in how else ""
         return EnvFailedError(
             f"{self.name}: env {env_id} of {self._first + self.num_envs}, step {length} of its episode {episode} "
-            f"(seed {seed}): {call} in {process} {how}. Play that episode in this process to see why (mode='serial').{advice}"
+            f"(seed {seed}): {call} in {process} {how}. Play that episode in this process to see why "
+            f"(mode='serial').{advice}"
         )
 
 

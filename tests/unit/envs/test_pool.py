@@ -269,7 +269,6 @@ def test_death_of_a_worker_costs_its_environments_their_episodes_and_no_whole_st
     envs.close()
 
 
-@pytest.mark.xfail(strict=True, reason="the rollout does not look at Outcome.cut yet")
 def test_death_of_a_worker_keeps_steps_that_were_whole_before_it():
     """Env 1 dies after env 0 in its process has stepped: that step is stored, and its episode cut after it."""
     envs = faulty({(1, 0, 3): "kill", (1, 1, 6): "kill"}, 1, num_envs=2)
