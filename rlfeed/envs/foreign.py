@@ -1,5 +1,7 @@
 """Environments that are no single `gymnasium.Env`: vectors by themselves, EnvPool's, PettingZoo's."""
 
+import functools
+import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,9 +27,9 @@ def foreign_envs(
     """Make environments that are not Gymnasium's, where their name or class says that they are not.
 
     Args:
-        target: ``envpool:Task-v1``, ``pettingzoo:package.module`` (its function ``parallel_env``),
-            ``pettingzoo:package.module:name``, ``pettingzoo:path/to/file.py:name``, a class of PettingZoo's parallel
-            interface, or anything else.
+        target: ``envpool:Task-v1``, ``pettingzoo:butterfly/pistonball-v6``, ``pettingzoo:package.module`` (its function
+            ``parallel_env``), ``pettingzoo:package.module:name``, ``pettingzoo:path/to/file.py:name``, a class of
+            PettingZoo's parallel interface, or anything else.
         num_envs: How many; copies, where each has several agents.
         kwargs: Arguments of the constructor.
         wrappers: Applied to each copy, in order; EnvPool takes none.
@@ -93,10 +95,12 @@ def native_envs(source: EnvSource, num_envs: int, autoreset: AutoresetMode) -> V
     return VectorEnvs(vector, source.name)
 
 
-def _find_parallel(place: str) -> Any:
+def _find_parallel(place: str) -> Callable[..., Any]:
     module_name, colon, attribute = place.rpartition(":")
     if not colon or place.endswith(".py"):
         module_name, attribute = place, "parallel_env"
+    if not module_name.endswith(".py") and "/" in module_name:
+        return _registered_parallel(place)
     module = load_file(module_name) if module_name.endswith(".py") else import_module(module_name)
     if not hasattr(module, attribute):
         names = [name for name, value in vars(module).items() if callable(value)]
@@ -105,6 +109,23 @@ def _find_parallel(place: str) -> Any:
             f"parallel environment.{suggest(attribute, names)}"
         )
     return getattr(module, attribute)
+
+
+def _registered_parallel(env_id: str) -> Callable[..., Any]:
+    try:
+        package: Any = importlib.import_module("pettingzoo")
+    except ImportError as error:
+        raise EnvNotFoundError(
+            f"{PETTINGZOO}{env_id}: PettingZoo cannot be imported ({error}); expected it to be installed. "
+            "Run pip install 'rlfeed[pettingzoo]'."
+        ) from None
+    known = list(package.parallel_registry)
+    if env_id not in known:
+        raise EnvNotFoundError(
+            f"{PETTINGZOO}{env_id}: PettingZoo has no such parallel environment; expected one of {known}."
+            f"{suggest(env_id, known)}"
+        )
+    return functools.partial(package.make, "parallel", env_id)
 
 
 def _parallel_envs(

@@ -121,16 +121,17 @@ class Troop:
         self.possible_agents = [f"walker_{i}" for i in range(len(lives))]
         self.agents, self.episode, self.t, self.seeds, self.actions = [], -1, 0, [], []
         self.render_mode = None
+        self.spaces = spaces.Box(-np.inf, np.inf, (4,), np.float32), spaces.Discrete(3)
 
     @property
     def unwrapped(self):
         return self
 
     def observation_space(self, agent):
-        return spaces.Box(-np.inf, np.inf, (4,), np.float32)
+        return self.spaces[0]
 
     def action_space(self, agent):
-        return spaces.Discrete(3)
+        return self.spaces[1]
 
     def reset(self, seed=None, options=None):
         self.episode, self.t = self.episode + 1, 0
