@@ -2,8 +2,9 @@
 
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from support.foreign_envs import FakePool
 
-from rlfeed.envs import SerialEnvs, VectorEnvs
+from rlfeed.envs import SerialEnvs, VectorEnvs, as_envs
 from rlfeed.testing import IdentifiableEnv
 
 AUTORESETS = ("serial", "same_step", "next_step", "disabled")
@@ -65,7 +66,9 @@ def read_streams(rollout, count):
 
 
 def identifiable_envs(layout, num_envs, **kwargs):
-    """Make numbered identifiable environments in one of the layouts of AUTORESETS."""
+    """Make numbered identifiable environments in one of the layouts of AUTORESETS, or as EnvPool's ("envpool")."""
+    if layout == "envpool":
+        return as_envs(FakePool([IdentifiableEnv(env, **kwargs) for env in range(num_envs)]))
     if layout == "serial":
         return SerialEnvs([IdentifiableEnv(env, **kwargs) for env in range(num_envs)])
     makers = [lambda env=env: IdentifiableEnv(env, **kwargs) for env in range(num_envs)]
