@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rlfeed.errors import ConfigError, suggest
+from rlfeed.errors import ConfigError, UnsupportedError, suggest
 from rlfeed.train.loop import Agent, LoopConfig
 
 
@@ -48,11 +48,19 @@ class EnvConfig:
         num_envs: Environments stepped together, each with its own episodes.
         kwargs: Arguments of the environment's constructor. One at a time as --env.kwargs.NAME VALUE, where VALUE is
             read as JSON or a Python literal if it is one, else as text.
+        wrappers: Wrappers, applied in order, as NAME or NAME:key=value,key=value. The name is one of
+            gymnasium.wrappers, atari, package.module:Name, or path/to/file.py:Name. May be given several times.
+        normalize_observation: Whether observations of floats get mean 0 and variance 1; the statistics are saved.
+        normalize_reward: Whether rewards are divided by the deviation of the discounted return; evaluations and curves
+            show rewards as they were.
     """
 
     id: str = "CartPole-v1"
     num_envs: int = 1
     kwargs: dict[str, Any] = field(default_factory=dict)
+    wrappers: tuple[str, ...] = ()
+    normalize_observation: bool = False
+    normalize_reward: bool = False
 
     def __post_init__(self) -> None:
         if self.num_envs < 1:
@@ -81,6 +89,11 @@ class TrainConfig(LoopConfig):
         super().__post_init__()
         if self.seed < 0:
             raise ConfigError(f"seed: is {self.seed}; expected 0 or more.")
+        if self.actors and (self.env.normalize_observation or self.env.normalize_reward):
+            raise UnsupportedError(
+                f"env.normalize_*: is asked for with {self.actors} actors, which would each have statistics of their own; "
+                "expected --actors 0. Leave one of the two out."
+            )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -15,7 +15,8 @@ sys.path.insert(0, str(CHECKOUT))  # agents/ lives in the checkout, not in site-
 sys.path.append(str(Path.cwd()))  # package.module:ClassName may lie where the script was called
 
 from agents import PRESETS  # noqa: E402
-from agents.config import TrainConfig, from_dict  # noqa: E402
+from agents.config import EnvConfig, TrainConfig, from_dict  # noqa: E402
+from rlfeed.envs import Envs, NormalizedEnvs, make_envs  # noqa: E402
 from rlfeed.errors import ConfigError, RlfeedError, RunDirectoryError, suggest  # noqa: E402
 from rlfeed.train.evaluate import Evaluation  # noqa: E402
 from rlfeed.train.run import CONFIG, read_config  # noqa: E402
@@ -23,6 +24,7 @@ from rlfeed.train.run import CONFIG, read_config  # noqa: E402
 DEFAULT_PRESET = "dqn"
 EVALUATION_ENVS = 5  # at most: enough to share the cost of a policy's calls
 KWARGS_FLAG = "--env.kwargs"
+WRAPPERS_FLAG = "--env.wrappers"
 REGISTRY = ConstructorRegistry()
 
 
@@ -41,7 +43,8 @@ def parse(kind: Any, args: Sequence[str], *, prog: str, description: str, **defa
         An instance of ``kind``.
     """
     with REGISTRY:
-        return tyro.cli(kind, args=join_env_kwargs(args), prog=prog, description=description, **default)
+        joined = join_env_wrappers(join_env_kwargs(args))
+        return tyro.cli(kind, args=joined, prog=prog, description=description, **default)
 
 
 def guarded(run: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
@@ -120,6 +123,51 @@ def join_env_kwargs(args: Sequence[str]) -> list[str]:
             raise ConfigError(f"{flag}: has no value; expected {KWARGS_FLAG}.{name} VALUE.")
         kwargs[name] = literal(value)
     return [*rest, KWARGS_FLAG, json.dumps(kwargs)] if kwargs else rest
+
+
+def join_env_wrappers(args: Sequence[str]) -> list[str]:
+    """Gather every ``--env.wrappers NAME`` into one flag, in the order in which they were given.
+
+    Args:
+        args: The command line.
+
+    Returns:
+        The command line with at most one such flag, at the end.
+
+    Raises:
+        ConfigError: If it has no value.
+    """
+    rest: list[str] = []
+    wrappers: list[str] = []
+    pending = list(args)
+    while pending:
+        flag, equals, text = pending.pop(0).partition("=")
+        if flag != WRAPPERS_FLAG:
+            rest.append(flag + equals + text)
+            continue
+        given = [text] if equals else []
+        while not equals and pending and not pending[0].startswith("--"):
+            given.append(pending.pop(0))
+        if not given:
+            raise ConfigError(f"{flag}: has no value; expected {WRAPPERS_FLAG} NAME, such as TimeAwareObservation.")
+        wrappers += given
+    return [*rest, WRAPPERS_FLAG, *wrappers] if wrappers else rest
+
+
+def build_envs(config: EnvConfig, num_envs: int) -> Envs:
+    """Make the environments of a run, wrapped and normalised as its settings say.
+
+    Args:
+        config: The settings.
+        num_envs: How many.
+
+    Returns:
+        The environments.
+    """
+    envs = make_envs(config.id, num_envs, kwargs=config.kwargs, wrappers=config.wrappers)
+    if not (config.normalize_observation or config.normalize_reward):
+        return envs
+    return NormalizedEnvs(envs, observation=config.normalize_observation, reward=config.normalize_reward)
 
 
 def literal(text: str) -> Any:

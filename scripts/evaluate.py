@@ -7,9 +7,9 @@ from typing import Annotated
 
 import command_line
 import tyro
-from command_line import EVALUATION_ENVS, find_run, guarded, load_config, summary
+from command_line import EVALUATION_ENVS, build_envs, find_run, guarded, load_config, summary
 
-from rlfeed.envs import make_envs
+from rlfeed.envs import NormalizedEnvs
 from rlfeed.errors import ConfigError
 from rlfeed.feed.device import choose_device
 from rlfeed.train.checkpoint import Checkpoints
@@ -53,7 +53,9 @@ def _main(argv: list[str]) -> int:
     _, config = load_config(run)
     device, _ = choose_device(chosen.device)
     checkpoint = Checkpoints(run / "checkpoints").latest()
-    envs = make_envs(config.env.id, min(chosen.episodes, EVALUATION_ENVS), kwargs=config.env.kwargs)
+    envs = build_envs(config.env, min(chosen.episodes, EVALUATION_ENVS))
+    if isinstance(envs, NormalizedEnvs):
+        envs.load_state_dict(checkpoint.load("rollout")["envs"])
     agent = config.agent.build(
         envs.observation_space, envs.action_space, total_steps=config.total_steps, seed=config.seed, device=device
     )

@@ -12,11 +12,22 @@ from typing import Any
 import command_line
 import numpy as np
 import torch
-from command_line import DEFAULT_PRESET, EVALUATION_ENVS, PRESETS, find_run, guarded, load_config, split_preset, summary
+from command_line import (
+    DEFAULT_PRESET,
+    EVALUATION_ENVS,
+    PRESETS,
+    build_envs,
+    find_run,
+    guarded,
+    load_config,
+    split_preset,
+    summary,
+)
 from torch import nn
 
 from agents.config import EnvConfig, TrainConfig, differences, to_dict
-from rlfeed.envs import Envs, make_envs
+from rlfeed.envs import Envs, NormalizedEnvs, make_envs
+from rlfeed.envs.wrappers import absolute_wrapper
 from rlfeed.errors import ConfigError, RunDirectoryError
 from rlfeed.feed.device import choose_device
 from rlfeed.log import ConsoleLogger, FanOut, TensorBoardLogger
@@ -128,8 +139,10 @@ def _check_changes(run: Path, saved: TrainConfig, config: TrainConfig) -> None:
 
 def _build(config: TrainConfig) -> Parts:
     device, why = choose_device(config.device)
-    make = partial(make_envs, config.env.id, kwargs=config.env.kwargs)
-    envs = make(config.env.num_envs)
+    envs = build_envs(config.env, config.env.num_envs)
+    evaluation_envs = build_envs(config.env, min(config.eval_episodes, EVALUATION_ENVS))
+    if isinstance(envs, NormalizedEnvs) and isinstance(evaluation_envs, NormalizedEnvs):
+        evaluation_envs = envs.evaluation(evaluation_envs.envs)
     agent = config.agent.build(
         envs.observation_space,
         envs.action_space,
@@ -137,7 +150,7 @@ def _build(config: TrainConfig) -> Parts:
         seed=config.seed,
         device=device,
     )
-    return Parts(envs, make(min(config.eval_episodes, EVALUATION_ENVS)), agent, device, why)
+    return Parts(envs, evaluation_envs, agent, device, why)
 
 
 def _new_buffer(config: TrainConfig, envs: Envs, storage: str = "shared") -> ReplayBuffer:
@@ -154,7 +167,8 @@ def _new_buffer(config: TrainConfig, envs: Envs, storage: str = "shared") -> Rep
 
 
 def _start(preset: str, config: TrainConfig, argv: list[str], dry_run: bool) -> int:
-    config = replace(config, env=replace(config.env, id=_absolute(config.env.id)))
+    wrappers = tuple(map(absolute_wrapper, config.env.wrappers))
+    config = replace(config, env=replace(config.env, id=_absolute(config.env.id), wrappers=wrappers))
     parts = _build(config)
     if dry_run:
         return _describe(preset, config, parts, _new_buffer(config, parts.envs, "private"))
@@ -249,7 +263,7 @@ def _source(config: TrainConfig, parts: Parts, buffer: ReplayBuffer) -> Rollout 
 
 
 def _actor_envs(config: EnvConfig, first_env_id: int) -> Envs:
-    return make_envs(config.id, config.num_envs, kwargs=config.kwargs)
+    return make_envs(config.id, config.num_envs, kwargs=config.kwargs, wrappers=config.wrappers)
 
 
 def _actor_policy(

@@ -20,6 +20,7 @@ from rlfeed.envs.seeds import NumberedEpisodes
 from rlfeed.envs.serial import SerialEnvs
 from rlfeed.envs.source import EnvSource, Wrapper
 from rlfeed.envs.vector import PoolEnvs
+from rlfeed.envs.wrappers import as_wrapper
 from rlfeed.errors import ConfigError, suggest
 from rlfeed.processes import undecided
 
@@ -48,7 +49,7 @@ def make_envs(
     num_envs: int = 1,
     *,
     kwargs: Mapping[str, Any] | None = None,
-    wrappers: Sequence[Wrapper] = (),
+    wrappers: Sequence[str | Wrapper] = (),
     mode: EnvsMode = "auto",
     autoreset: Autoreset = "same_step",
     layout: Layout = "auto",
@@ -70,7 +71,9 @@ def make_envs(
             rows, or a class of PettingZoo's parallel interface.
         num_envs: How many, at least 1.
         kwargs: Arguments of the constructor.
-        wrappers: Functions from environment to environment, applied in order.
+        wrappers: Applied in order: functions from environment to environment, or names such as
+            ``"TimeLimit:max_episode_steps=500"``, ``"package.module:Name"`` or ``"path/to/file.py:Name"``; see
+            `NamedWrapper.parse`.
         mode: ``"serial"`` steps them in this process, ``"pool"`` in worker processes, several in each; ``"auto"``
             decides between these two by a short measurement, and the environments' ``choice`` says why. ``"sync"`` and
             ``"async"`` go through Gymnasium's vector environments, the latter with one process each. ``"vector"`` is
@@ -118,7 +121,7 @@ def make_envs(
                 "pool only. Write mode='pool'."
             )
         mode = "pool"
-    source = EnvSource(id_or_callable, dict(kwargs or {}), tuple(wrappers))
+    source = EnvSource(id_or_callable, dict(kwargs or {}), tuple(map(as_wrapper, wrappers)))
     if mode == "vector":
         return native_envs(source, num_envs, AUTORESETS[autoreset])
     if mode in ("auto", "serial", "pool"):

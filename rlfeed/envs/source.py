@@ -17,7 +17,7 @@ from gymnasium.vector.utils import CloudpickleWrapper
 
 from rlfeed.envs.importing import import_module, load_file, loaded_files, own_traceback
 from rlfeed.envs.packages import how_to_get
-from rlfeed.errors import ConfigError, EnvMakeError, EnvNotFoundError, suggest
+from rlfeed.errors import ConfigError, EnvMakeError, EnvNotFoundError, RlfeedError, suggest
 
 Wrapper = Callable[[gymnasium.Env], gymnasium.Env]
 GYMNASIUM_KWARGS = ("max_episode_steps", "render_mode")  # gymnasium.make takes these for every environment
@@ -67,6 +67,8 @@ class EnvSource:
             env = self._build(maker)
             for wrapper in self.wrappers:
                 env = wrapper(env)
+        except RlfeedError:  # a wrapper of ours has said it already
+            raise
         except gymnasium.error.DependencyNotInstalled as error:
             raise EnvMakeError(
                 f"{self.name}: needs a package that is not installed: {error}. Install it, then try again."

@@ -115,6 +115,10 @@ def test_misspelt_flag_suggests_the_right_one(typed, meant, capsys):
         (["--resume", "."], r"RunDirectoryError: run directory \.: holds no run"),
         (["dqm"], "ConfigError: preset: is 'dqm'.*Did you mean 'dqn'"),
         (["--env.kwargs.size"], r"ConfigError: --env\.kwargs\.size: has no value"),
+        (["--actors=2", "--env.normalize-reward"], r"UnsupportedError: env\.normalize_\*: .*2 actors"),
+        (["--env.wrappers"], r"ConfigError: --env\.wrappers: has no value"),
+        (["--env.wrappers", "TimeLimits"], "EnvNotFoundError: wrapper 'TimeLimits'.*Did you mean 'TimeLimit'"),
+        (["--env.wrappers", "TimeLimit:steps=3"], "ConfigError: .*no parameter 'steps'.*max_episode_steps"),
         (["--total-steps", "1.5"], "expected a whole number"),
         (["--agent.lr", "-1"], r"agent\.lr: is -1\.0; expected above 0"),
     ],
@@ -146,6 +150,11 @@ def test_env_kwargs_value_is_read_as_what_it_looks_like(text, value):
 def test_env_kwargs_with_equals_signs_keep_what_follows():
     joined = command_line.join_env_kwargs(["--env.kwargs.a=--x=1", "--seed", "1", "--env.kwargs.b", "-3"])
     assert joined == ["--seed", "1", "--env.kwargs", '{"a": "--x=1", "b": -3}']
+
+
+def test_env_wrappers_are_gathered_in_their_order():
+    given = ["--env.wrappers", "A:x=-1", "B", "--seed", "1", "--env.wrappers=C:y=--z"]
+    assert command_line.join_env_wrappers(given) == ["--seed", "1", "--env.wrappers", "A:x=-1", "B", "C:y=--z"]
 
 
 def test_finished_run_ends_with_three_lines(finished, capsys):
