@@ -91,8 +91,8 @@ class TrainConfig(LoopConfig):
             raise ConfigError(f"seed: is {self.seed}; expected 0 or more.")
         if self.actors and (self.env.normalize_observation or self.env.normalize_reward):
             raise UnsupportedError(
-                f"env.normalize_*: is asked for with {self.actors} actors, which would each have statistics of their own; "
-                "expected --actors 0. Leave one of the two out."
+                f"env.normalize_*: is asked for with {self.actors} actors, each of which would have statistics of its "
+                "own; expected --actors 0. Leave one of the two out."
             )
 
 

@@ -115,7 +115,7 @@ def test_misspelt_flag_suggests_the_right_one(typed, meant, capsys):
         (["--resume", "."], r"RunDirectoryError: run directory \.: holds no run"),
         (["dqm"], "ConfigError: preset: is 'dqm'.*Did you mean 'dqn'"),
         (["--env.kwargs.size"], r"ConfigError: --env\.kwargs\.size: has no value"),
-        (["--actors=2", "--env.normalize-reward"], r"UnsupportedError: env\.normalize_\*: .*2 actors"),
+        (["--actors=2", "--env.normalize-reward"], r"env\.normalize_\*: is asked for with 2 actors"),
         (["--env.wrappers"], r"ConfigError: --env\.wrappers: has no value"),
         (["--env.wrappers", "TimeLimits"], "EnvNotFoundError: wrapper 'TimeLimits'.*Did you mean 'TimeLimit'"),
         (["--env.wrappers", "TimeLimit:steps=3"], "ConfigError: .*no parameter 'steps'.*max_episode_steps"),
