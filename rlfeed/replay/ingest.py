@@ -109,7 +109,8 @@ class _Episodes:
                 self._alive.append(array)
                 size = steps * column.spec.nbytes
                 lines.append((column, k.ROLE_CARRY if column.every > 1 else role, array.ctypes.data, size))
-        self.wrong += [f"{describe(name, path)} is not declared" for path in given]
+        unknown = [path for path in given if (name, path[:1]) != ("extras", ("env_action",))]
+        self.wrong += [f"{describe(name, path)} is not declared" for path in unknown]
         return lines
 
     def _measure(self, batch: Batch) -> None:

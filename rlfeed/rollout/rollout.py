@@ -79,6 +79,7 @@ class Rollout:
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ConfigError(f"Rollout: seed is {seed!r}; expected an integer of at least 0.")
         self.envs: Envs = as_envs(envs)
+        self._normalized = self.envs if isinstance(self.envs, NormalizedEnvs) else None  # told the mode
         self.policy: Policy = adapt(policy)
         self.mode = mode
         self.seed = seed
@@ -121,6 +122,8 @@ class Rollout:
 
     def __next__(self) -> Step:
         began_s = time.perf_counter()
+        if self._normalized is not None:
+            self._normalized.mode = self._mode
         ready = self._ready or self._begin()
         observation, ids = ready.observation, ready.env_ids
         every = len(ids) == self.num_envs
@@ -329,13 +332,11 @@ class Rollout:
                     yield episode_batch(whole)
 
     def _upcoming(self) -> Ready:
-        if isinstance(self.envs, NormalizedEnvs):
-            self.envs.mode = self._mode
-        if self._ready is None:
-            self._ready = self._begin()
-        return self._ready
+        return self._ready or self._begin()
 
     def _begin(self) -> Ready:
+        if self._normalized is not None:
+            self._normalized.mode = self._mode
         self.restart()
         self._any_first = True
         carry, action = self.policy.initial_carry(self.num_envs), self._actions.zeros(self.num_envs)

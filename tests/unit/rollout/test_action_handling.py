@@ -167,3 +167,15 @@ def test_rescaling_names_every_part_without_bounds():
 
 def test_evaluation_handles_actions_as_the_rollout_did():
     assert evaluate(Echoes(), always(-9, 9), episodes=1, actions="clip").lengths.tolist() == [4]
+
+
+def test_episodes_with_env_actions_are_stored_by_buffers_that_declare_them_and_by_others():
+    space = spaces.Box(*BOUNDS)
+    episode = next(Rollout(Echoes(), always(-3, 4), actions="clip").episodes(1))
+    assert episode.extras["env_action"].tolist() == [[[-2, 4]] * 4]
+    for extras in ({}, {"env_action": space}):
+        buffer = ReplayBuffer(Echoes().observation_space, space, capacity=64, extras=extras, storage="private")
+        buffer.extend(episode)
+        batch = buffer.sample(4, Transition())
+        assert batch.action.tolist() == [[-3, 4]] * 4
+        assert {name: part.tolist() for name, part in batch.extras.items()} == dict.fromkeys(extras, [[-2, 4]] * 4)
