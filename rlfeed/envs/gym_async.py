@@ -2,15 +2,16 @@
 
 import multiprocessing
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import gymnasium
 from gymnasium.error import ClosedEnvironmentError
-from gymnasium.vector import AsyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
 from rlfeed.envs.seeds import failed
-from rlfeed.errors import EnvFailedError, RlfeedError
-from rlfeed.processes import how_it_ended
+from rlfeed.errors import EnvFailedError, EnvMakeError, RlfeedError
+from rlfeed.processes import how_it_ended, undecided
 
 _LAST_WORDS_S = 2.0  # what a worker that raised says travels by a thread of its own
 _LEAVE_S = 5.0
@@ -132,6 +133,31 @@ class AsyncWatch:
             f"{self._name}: env {index} of {self._envs.num_envs} raised {kind.__name__}: {error}. Mend the "
             f"environment; this is its own traceback:\n{told.rstrip()}"
         )
+
+
+def start_async(makers: Sequence[Callable[[], gymnasium.Env]], mode: AutoresetMode, name: str) -> AsyncVectorEnv:
+    """Start the workers of an `AsyncVectorEnv`, never by a fork of this process.
+
+    Args:
+        makers: Make the environments, one in each worker.
+        mode: How they reset.
+        name: What to call them in errors.
+
+    Returns:
+        The environments.
+
+    Raises:
+        EnvMakeError: If a worker ended before it had made its environment.
+    """
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    try:
+        with undecided():
+            return AsyncVectorEnv(makers, context=method, autoreset_mode=mode)
+    except (EOFError, ConnectionError):
+        raise EnvMakeError(
+            f"{name}: a worker ended while it made its environment, which this process could make; expected all "
+            "workers to make theirs. Its own traceback is above."
+        ) from None
 
 
 def _who(rows: list[int]) -> str:

@@ -190,6 +190,8 @@ class VectorEnvs:
     def _success(self, infos: dict[str, Any], rows: ndarray) -> Float64[ndarray, " N"] | None:
         """Read which of the episodes that ended succeeded; None where the infos tell nothing."""
         told = infos.get("final_info", {}) if self._mode is AutoresetMode.SAME_STEP else infos
+        if isinstance(told, dict) and told.keys().isdisjoint(SUCCESS_KEYS):
+            return None
         success = np.full(self.num_envs, np.nan)
         for row in rows:
             # A dict of arrays, where "_key" says for which rows the environment gave "key", or one dict for each row.

@@ -1,18 +1,17 @@
 """Make environments that a `Rollout` can step: `make_envs`."""
 
-import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import gymnasium
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from rlfeed.envs.autoreset import Envs
 from rlfeed.envs.envpool import EnvPoolEnvs, is_envpool
 from rlfeed.envs.faults import MAX_RESTARTS, OnFault
 from rlfeed.envs.foreign import foreign_envs, native_envs
-from rlfeed.envs.group import check_distinct
+from rlfeed.envs.gym_async import start_async
 from rlfeed.envs.gym_vector import VectorEnvs
 from rlfeed.envs.layouts import Layout, choose_layout
 from rlfeed.envs.pettingzoo import ParallelEnvs, is_parallel
@@ -22,7 +21,6 @@ from rlfeed.envs.source import EnvSource, Wrapper
 from rlfeed.envs.vector import PoolEnvs
 from rlfeed.envs.wrappers import as_wrapper
 from rlfeed.errors import ConfigError, suggest
-from rlfeed.processes import undecided
 
 EnvsMode = Literal["auto", "serial", "pool", "sync", "async", "vector"]
 Autoreset = Literal["same_step", "next_step", "disabled"]
@@ -136,12 +134,9 @@ def make_envs(
         return SerialEnvs(envs, source.name, makers=[source] * num_envs, choice=choice.why, **ours)
     makers = [_NumberedSource(source, env_id, num_envs) for env_id in range(num_envs)]
     if mode == "async":
-        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        with undecided():
-            workers = AsyncVectorEnv(makers, context=method, autoreset_mode=AUTORESETS[autoreset])
+        workers = start_async(makers, AUTORESETS[autoreset], source.name)
         return VectorEnvs(workers, source.name, numbered=True, step_timeout_s=step_timeout_s)
     vector = SyncVectorEnv(makers, autoreset_mode=AUTORESETS[autoreset])
-    check_distinct(source.name, vector.envs)
     return VectorEnvs(vector, source.name, numbered=True)
 
 

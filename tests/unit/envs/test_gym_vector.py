@@ -13,8 +13,8 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from gymnasium.wrappers import vector as wrappers
 from support.known_streams import act, expected_stream, read_streams
 
-from rlfeed.envs import SerialEnvs, VectorEnvs, as_envs, episode_seed
-from rlfeed.errors import ConfigError, EnvContractError, EnvFailedError, UnsupportedError
+from rlfeed.envs import SerialEnvs, VectorEnvs, as_envs, episode_seed, gym_async
+from rlfeed.errors import ConfigError, EnvContractError, EnvFailedError, EnvMakeError, UnsupportedError
 from rlfeed.rollout import Rollout
 from rlfeed.testing import IdentifiableEnv
 
@@ -413,3 +413,16 @@ def test_vector_envs_success_of_one_row_leaves_the_others_untold():
     success = envs.step(np.zeros(2, np.int64)).success
     assert success is not None
     assert (success[0], bool(np.isnan(success[1]))) == (1.0, True)
+
+
+def test_start_async_worker_that_cannot_make_its_environment_is_an_error(monkeypatch, capfd):
+    def only_here():
+        if os.getpid() != main:
+            raise RuntimeError("no display")
+        return IdentifiableEnv()
+
+    main = os.getpid()
+    monkeypatch.setattr(gym_async, "AsyncVectorEnv", lambda *a, context, **k: AsyncVectorEnv(*a, context="fork", **k))
+    with pytest.raises(EnvMakeError, match="Display-v0: a worker ended while it made its environment"):
+        gym_async.start_async([only_here] * 2, AutoresetMode.SAME_STEP, "Display-v0")
+    assert "RuntimeError: no display" in capfd.readouterr().err
