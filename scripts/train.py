@@ -139,7 +139,8 @@ def _check_changes(run: Path, saved: TrainConfig, config: TrainConfig) -> None:
 
 def _build(config: TrainConfig) -> Parts:
     device, why = choose_device(config.device)
-    envs = build_envs(config.env, config.env.num_envs)
+    # The environments of actors are made by them.
+    envs = build_envs(config.env, 1 if config.actors else config.env.num_envs)
     evaluation_envs = build_envs(config.env, min(config.eval_episodes, EVALUATION_ENVS))
     if isinstance(envs, NormalizedEnvs) and isinstance(evaluation_envs, NormalizedEnvs):
         evaluation_envs = envs.evaluation(evaluation_envs.envs)
@@ -263,7 +264,15 @@ def _source(config: TrainConfig, parts: Parts, buffer: ReplayBuffer) -> Rollout 
 
 
 def _actor_envs(config: EnvConfig, first_env_id: int) -> Envs:
-    return make_envs(config.id, config.num_envs, kwargs=config.kwargs, wrappers=config.wrappers)
+    return make_envs(
+        config.id,
+        config.num_envs,
+        kwargs=config.kwargs,
+        wrappers=config.wrappers,
+        mode="serial",
+        on_fault="restart",
+        first_env_id=first_env_id,
+    )
 
 
 def _actor_policy(

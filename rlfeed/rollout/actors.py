@@ -58,7 +58,7 @@ class Actors:
 
     Args:
         make_envs: Given the number of its first environment, makes an actor's environments in its process. Pass that
-            number on: ``make_envs(..., first_env_id=number)``.
+            number on: ``make_envs(..., mode="serial", first_env_id=number)``.
         make_policy: Given an actor's number and how many there are, makes what acts, and the module whose weights it
             pulls, on the CPU: an epsilon for each actor, for example.
         buffer: Where steps go; has a lane for every environment and declares ``"policy_version"``, int64, in extras.

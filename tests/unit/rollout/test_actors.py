@@ -14,6 +14,7 @@ from gymnasium import spaces
 from torch import nn
 
 from rlfeed.codec import decode, encode
+from rlfeed.envs import make_envs
 from rlfeed.envs.seeds import episode_seed
 from rlfeed.envs.serial import SerialEnvs
 from rlfeed.errors import CheckpointError, ConfigError, WorkerError
@@ -153,14 +154,14 @@ def test_actors_store_every_step_once_with_its_true_successor_and_the_version_th
 
 
 def test_actors_tell_of_every_episode_although_nobody_listens_meanwhile():
-    with Learner(lambda first: SerialEnvs([SeededEnv(length=1)]), limit=4000) as learner:
+    with Learner(lambda first: SerialEnvs([SeededEnv(length=1)]), limit=2500) as learner:
         learner.actors.start()
         deadline = time.monotonic() + HANG_S
-        while learner.actors.env_steps < 4000:  # more of them than a pipe holds
+        while learner.actors.env_steps < 2500:  # more of them than a pipe holds
             time.sleep(0.01)
             assert time.monotonic() < deadline
         assert learner.actors.statistics.episodes == 0
-        learner.wait_for(lambda: learner.actors.statistics.episodes >= 4000)
+        learner.wait_for(lambda: learner.actors.statistics.episodes >= 2500)
         assert {record.env_id for record in learner.actors.statistics.window} <= {0, 1}
     assert learner.actors.statistics.episodes == learner.actors.env_steps
     assert learner.actors.statistics.mean_return == 1.0
@@ -175,6 +176,21 @@ def test_actors_go_on_while_the_learner_sleeps():
             seen.append(learner.actors.env_steps)
     assert len(set(seen)) > 1
     assert [stats.waited_s for stats in learner.actors.stats()] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("envs_per_actor", [1, 2])
+def test_actors_episodes_have_the_seeds_that_they_have_in_one_process(envs_per_actor):
+    """Rollout 3A.12: the same episodes however environments are shared out."""
+
+    def make(first):
+        return make_envs(SeededEnv, envs_per_actor, mode="serial", first_env_id=first)
+
+    with Learner(make, envs_per_actor=envs_per_actor) as learner:
+        learner.wait_for(lambda: min(stats.env_steps for stats in learner.actors.stats()) > 40)
+    for lane, rows in learner.stored().items():
+        seeds = list(dict.fromkeys(row[1][0] for row in rows))
+        assert len(seeds) > 3
+        assert seeds == [episode_seed(7, lane, number) for number in range(len(seeds))]
 
 
 def test_actors_draw_random_numbers_of_their_own():
