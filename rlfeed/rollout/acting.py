@@ -138,6 +138,7 @@ class _Actor:
         self._begun = self._board.begun_of(job.actor)
         self._pull_in = 0 if job.pull_every == "episode" else job.pull_every
         self._records: list[EpisodeRecord] = []
+        self._broken = (self.rollout.statistics.lost, self.rollout.statistics.cut)
         self._tell_at, self._answered = 0.0, RUN
 
     def _restore(self) -> None:
@@ -204,13 +205,16 @@ class _Actor:
 
     def _tell(self) -> None:
         """Send what there is, without waiting for a learner that is busy."""
-        if self._records:
-            records = [astuple(replace(record, env_id=record.env_id + self._first)) for record in self._records]
-            self._outbox.send(_message("episodes", records))
-            self._records = []
-            self._tell_at = time.monotonic() + _TELL_S
-        else:
+        statistics = self.rollout.statistics
+        broken = (statistics.lost, statistics.cut)
+        if not self._records and broken == self._broken:
             self._outbox.flush()
+            return
+        records = [astuple(replace(record, env_id=record.env_id + self._first)) for record in self._records]
+        more = [now - before for now, before in zip(broken, self._broken, strict=True)]
+        self._outbox.send(_message("episodes", records, *more))
+        self._records, self._broken = [], broken
+        self._tell_at = time.monotonic() + _TELL_S
 
 
 def _message(kind: str, *content: Any) -> bytes:

@@ -58,7 +58,7 @@ class Actors:
 
     Args:
         make_envs: Given the number of its first environment, makes an actor's environments in its process. Pass that
-            number on: ``make_envs(..., mode="serial", first_env_id=number)``.
+            number on: ``make_envs(..., first_env_id=number)``.
         make_policy: Given an actor's number and how many there are, makes what acts, and the module whose weights it
             pulls, on the CPU: an epsilon for each actor, for example.
         buffer: Where steps go; has a lane for every environment and declares ``"policy_version"``, int64, in extras.
@@ -133,6 +133,7 @@ class Actors:
                 buffer,
                 rules,
                 self._poll,
+                self.statistics,
             )
             for actor in range(num_actors)
         ]  # fmt: skip
@@ -229,7 +230,7 @@ class Actors:
         ready = {handle for handle, _ in self._poll.poll(wait_s * 1e3)}
         for seat in self._seats:
             if not ready.isdisjoint(seat.handles):
-                self._note(seat.read())
+                self._news += seat.read()
         now = time.monotonic()
         if now < self._check_at and all(seat.process is not None for seat in self._seats):
             return
@@ -340,13 +341,8 @@ class Actors:
         self._board.command = STOP
         deadline = time.monotonic() + GRACE_S
         for seat in self._seats:
-            self._note(seat.leave(deadline, quiet=self._failed))
+            self._news += seat.leave(deadline, quiet=self._failed)
         self._end()
-
-    def _note(self, records: list[EpisodeRecord]) -> None:
-        self._news += records
-        self.statistics.window.extend(records)
-        self.statistics.episodes += len(records)
 
     def __enter__(self) -> "Actors":
         return self

@@ -17,7 +17,7 @@ from rlfeed.messages import Inbox
 from rlfeed.processes import how_it_ended, undecided, uninterrupted
 from rlfeed.rollout.acting import Job, LaneWriter, work
 from rlfeed.rollout.board import ACTS, STARTING
-from rlfeed.rollout.statistics import EpisodeRecord
+from rlfeed.rollout.statistics import EpisodeRecord, EpisodeStatistics
 
 OnDeath = Literal["restart", "raise"]
 GRACE_S = 5.0  # for an actor to finish its step
@@ -62,10 +62,14 @@ class Seat:
         buffer: Whose lanes those are.
         rules: How it is started, and again.
         poll: Where its handles are watched.
+        statistics: Of all actors.
     """
 
-    def __init__(self, job: Job, lanes: range, buffer: Lanes, rules: Rules, poll: select.poll) -> None:
+    def __init__(
+        self, job: Job, lanes: range, buffer: Lanes, rules: Rules, poll: select.poll, statistics: EpisodeStatistics
+    ) -> None:
         self.job, self.lanes, self._buffer, self._rules, self._poll = job, lanes, buffer, rules, poll
+        self._statistics = statistics
         self.process: Any = None
         self.starts = 0
         self.held: tuple[int, dict[str, Any]] | None = None  # its answer to a command to hold, and its state then
@@ -139,8 +143,14 @@ class Seat:
     def _receive(self, message: bytes) -> list[EpisodeRecord]:
         kind, *content = decode(np.frombuffer(message, np.uint8), "message of an actor")
         if kind == "episodes":
-            self._deaths = 0
-            return [EpisodeRecord(*record) for record in content[0]]
+            records, lost, cut = content
+            if records:
+                self._deaths = 0
+            finished, statistics = [EpisodeRecord(*record) for record in records], self._statistics
+            statistics.window.extend(finished)
+            statistics.episodes += len(finished)
+            statistics.lost, statistics.cut = statistics.lost + lost, statistics.cut + cut
+            return finished
         if kind == "held":
             self.held = (content[0], content[1])
         else:

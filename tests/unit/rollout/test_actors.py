@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import gymnasium
@@ -224,6 +225,27 @@ def test_actor_that_is_killed_is_named_its_episode_cut_and_another_goes_on_with_
         for _, observation, _, successor, _, terminated in rows:
             assert successor == [observation[0], observation[1] + 1]
             assert not terminated
+
+
+def test_actors_whose_environments_break_go_on_and_count_what_was_lost():
+    def make(first):
+        warnings.simplefilter("ignore")  # in the actor, which would tell its user
+        faults = iter([broken])
+
+        def broken_once(env):
+            for fault in faults if env.steps == 3 else ():
+                fault(env)
+
+        kwargs = {"fault": broken_once}
+        return make_envs(SeededEnv, kwargs=kwargs, mode="serial", on_fault="restart", first_env_id=first)
+
+    with Learner(make) as learner:
+        learner.wait_for(lambda: learner.actors.statistics.lost == 2 and learner.actors.statistics.episodes > 4)
+    assert [stats.restarts for stats in learner.actors.stats()] == [0, 0]
+    assert learner.actors.statistics.lost == 2
+    for rows in learner.stored().values():
+        assert [row[1][1] for row in rows[:4]] == [0.0, 1.0, 0.0, 1.0]  # the third step was lost, the episode cut
+    assert learner.actors.env_steps == sum(map(len, learner.stored().values()))
 
 
 def hang(env):
