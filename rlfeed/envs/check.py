@@ -25,7 +25,7 @@ from rlfeed.envs.checks.spaces import check_spaces
 from rlfeed.envs.checks.tour import check_ends, take_tour
 from rlfeed.envs.source import EnvSource
 from rlfeed.errors import ConfigError
-from rlfeed.processes import choose_context
+from rlfeed.processes import choose_context, has_guard
 
 Resume = Literal["exact", "re-enacted", "restarted"]
 _TIMED_S = 0.2
@@ -131,7 +131,13 @@ def examine(
     report, traces = result
     if workers and subject.source is not None and traces:
         findings = Findings(subject.name)
-        check_in_worker(subject.source, context, traces, call_timeout_s, findings)
+        if has_guard():
+            check_in_worker(subject.source, context, traces, call_timeout_s, findings)
+        else:
+            findings.note(
+                "no guard", "in a worker process", "not played there: the script would run once more in it",
+                expected="`if __name__ == '__main__':` around what a script does", fix="Put it there.",
+            )
         report.findings = [*findings.all(), *report.findings]
     return report
 

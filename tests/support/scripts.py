@@ -7,6 +7,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(CHECKOUT / "scripts"))
 
 import benchmark as benchmark_script  # noqa: E402
+import check_env as check_env_script  # noqa: E402
 import command_line  # noqa: E402
 import contest  # noqa: E402
 import contestants  # noqa: E402
@@ -21,6 +22,7 @@ import workloads  # noqa: E402
 __all__ = [
     "CHECKOUT",
     "benchmark_script",
+    "check_env_script",
     "command_line",
     "contest",
     "contestants",
