@@ -335,7 +335,7 @@ BROKEN: dict[str, tuple[Callable[[], gymnasium.Env], str]] = {
     "changes action space": (ChangesActionSpace, "action_space has become"),
     "short mask": (ShortMask, 'info["action_mask"] is array([ True,  True])'),
     "empty mask": (EmptyMask, 'info["action_mask"] allows no action'),
-    "mask at reset only": (MaskAtResetOnly, 'info["action_mask"] is missing here'),
+    "mask at reset only": (MaskAtResetOnly, '"action_mask" is missing here'),
     "state without generator": (StateWithoutGenerator, "after set_state(get_state()) the same actions"),
     "state one way": (StateOneWay, "has get_state() and no set_state()"),
     "one for all": (one_for_all(), "called twice it gave the same object"),

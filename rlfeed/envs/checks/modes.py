@@ -6,10 +6,12 @@ from typing import Any
 from rlfeed.envs.checks.findings import Findings
 from rlfeed.envs.checks.isolation import Watch, quiet
 from rlfeed.envs.checks.plays import difference
+from rlfeed.envs.checks.results import MASK, draw_action
 from rlfeed.envs.checks.tour import FIRST_SEED
 from rlfeed.envs.make import Autoreset, make_envs
 from rlfeed.envs.source import EnvSource
 from rlfeed.nest import map_nest, stack
+from rlfeed.specs import mask_sizes
 
 _STEPS = 50
 _NUM_ENVS = 2
@@ -55,11 +57,12 @@ def _play(source: EnvSource, mode: Autoreset) -> list[list[tuple[Any, ...]]]:
     steps: list[list[tuple[Any, ...]]] = [[] for _ in range(_NUM_ENVS)]
     ready = envs.reset(FIRST_SEED, [0] * _NUM_ENVS)
     for _ in range(_STEPS):
-        masks = [None] * len(ready.env_ids) if ready.action_mask is None else ready.action_mask.astype("int8")
         acted = ready.env_ids
-        outcome = envs.step(
-            stack([actions[env_id].sample(mask=mask) for env_id, mask in zip(acted, masks, strict=True)])
-        )
+        masks: Any = ready.action_mask
+        if masks is None and isinstance(ready.observation, dict) and mask_sizes(envs.action_space) is not None:
+            masks = ready.observation.get(MASK)
+        masks = [None] * len(acted) if masks is None else masks != 0
+        outcome = envs.step(stack([draw_action(actions[i], mask) for i, mask in zip(acted, masks, strict=True)]))
         values = (outcome.next_observation, outcome.reward, outcome.terminated, outcome.truncated)
         for row, env_id in enumerate(acted):
             steps[env_id].append(map_nest(lambda leaf, row=row: leaf[row], values))

@@ -3,12 +3,12 @@
 from typing import Any
 
 import numpy as np
-from gymnasium import spaces
 
-from rlfeed.envs.boundary import REWARD_LIMIT
+from rlfeed.envs.boundary import REWARD_LIMIT, SUCCESS_KEYS
 from rlfeed.envs.checks.findings import Findings
+from rlfeed.specs import mask_sizes
 
-SUCCESS_KEYS = ("is_success", "success")
+MASK = "action_mask"
 
 
 def check_reset_result(result: Any, place: str, findings: Findings) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class MaskCheck:
     """
 
     def __init__(self, action_space: Any, findings: Findings) -> None:
-        self._space, self._findings = action_space, findings
+        self._sizes, self._findings = mask_sizes(action_space), findings
         self._always: bool | None = None
 
     def read(self, observation: Any, info: dict[str, Any], place: str) -> np.ndarray | None:
@@ -125,32 +125,56 @@ class MaskCheck:
             place: Where in the play.
 
         Returns:
-            ``[n]`` int8, as the space samples with; None: no usable mask.
+            ``[A]`` bool, see `mask_sizes`; None: no usable mask.
         """
-        key = "action_mask"
-        in_observation = isinstance(observation, dict) and key in observation
-        mask = observation[key] if in_observation else info.get(key)
-        name = f'{"observation" if in_observation else "info"}["{key}"]'
+        in_info = MASK in info
+        mask = info.get(MASK, observation.get(MASK) if isinstance(observation, dict) else None)
+        name = f'{"info" if in_info else "observation"}["{MASK}"]'
         given, before = mask is not None, self._always
         self._always = given if before is None else before
         if before is not None and before != given:
             self._findings.error(
-                "mask missing", place, f"{name} is {'here' if given else 'missing here'}, other than before",
-                expected="a mask in the info of every reset and step, or in none", fix="Give one always.",
+                "mask missing", place, f'"{MASK}" is {"given" if given else "missing"} here, other than before',
+                expected="a mask from every reset and step, or from none", fix="Give one always.",
             )
-        if not given:
+        if not given or (self._sizes is None and not in_info):
             return None
-        if not isinstance(self._space, spaces.Discrete):
+        if self._sizes is None:
+            self._findings.error(
+                "mask space", f"{place}, {name}", f"{name} is there and the action space has no single actions",
+                expected="masks for Discrete, MultiDiscrete or MultiBinary", fix="Leave the mask out.",
+            )
             return None
-        array, actions = np.asarray(mask), int(self._space.n)
+        return self._check(mask, self._sizes, name, place)
+
+    def _check(self, mask: Any, sizes: np.ndarray, name: str, place: str) -> np.ndarray | None:
+        array, actions = np.concatenate(mask) if isinstance(mask, tuple) else np.asarray(mask), int(sizes.sum())
         if array.shape != (actions,) or array.dtype.kind not in "biu" or not np.isin(array, (0, 1)).all():
             kind, problem, fix = "mask form", f"is {mask!r}", f"Give {actions} booleans, True = allowed."
-        elif not array.any():
+        elif not np.logical_or.reduceat(array != 0, np.cumsum(sizes) - sizes).all():
             kind, problem, fix = "mask empty", "allows no action", "Allow at least one, or end the episode before."
         else:
-            return array.astype(np.int8)
+            return array != 0
         self._findings.error(
             kind, f"{place}, {name}", f"{name} {problem}",
-            expected=f"{actions} booleans, at least one True", fix=fix,
+            expected=f"{actions} booleans, at least one True for each component of the action", fix=fix,
         )
         return None
+
+
+def draw_action(space: Any, mask: np.ndarray | None) -> Any:
+    """Draw a random action that is allowed.
+
+    Args:
+        space: The action space; its generator is used.
+        mask: ``[A]`` bool, see `mask_sizes`; None: all are allowed.
+
+    Returns:
+        The action.
+    """
+    if mask is None:
+        return space.sample()
+    sizes: Any = mask_sizes(space)
+    scores = np.where(mask, space.np_random.random(len(mask)), -1.0)
+    drawn = np.array([part.argmax() for part in np.split(scores, np.cumsum(sizes)[:-1])])
+    return (drawn.reshape(space.shape) + getattr(space, "start", 0)).astype(space.dtype)[()]

@@ -12,7 +12,7 @@ import numpy as np
 
 from rlfeed.envs.checks.findings import Findings
 from rlfeed.envs.checks.plays import Player, Trace, is_set, observation_of, step_values
-from rlfeed.envs.checks.results import MaskCheck, check_reset_result, check_step_result
+from rlfeed.envs.checks.results import MaskCheck, check_reset_result, check_step_result, draw_action
 from rlfeed.envs.checks.spaces import KINDS, check_observation
 from rlfeed.envs.checks.world import WorldGenerators
 from rlfeed.nest import Path, describe, leaves
@@ -64,7 +64,7 @@ def take_tour(player: Player, findings: Findings, episodes: int, max_steps: int)
                 world.compare("reset()", player.place)
             mask = masks.read(observation, info, player.place)
             masked |= mask is not None
-            trace.actions.append(actions.sample() if mask is None else actions.sample(mask=mask))
+            trace.actions.append(draw_action(actions, mask))
         world.compare("step()" if trace.returned else "reset()", player.place)
         for kind, before in spaces_before.items():
             if getattr(env, kind) != before:

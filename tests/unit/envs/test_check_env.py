@@ -10,6 +10,7 @@ import pytest
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.start_method import start_method
 
 from rlfeed.envs import EnvSource, Finding, check_env
 from rlfeed.envs.check import examine
@@ -115,6 +116,54 @@ def test_check_env_numpy_scalars_are_accepted(flag, reward):
     assert check_here(Scalars) == []
 
 
+@pytest.mark.parametrize(
+    ("space", "mask", "words"),
+    [
+        (spaces.Discrete(3, start=5), [0, 1, 1], None),
+        (spaces.MultiDiscrete([2, 3], start=[1, 1]), [0, 1, 1, 0, 1], None),
+        (spaces.MultiBinary(2), [0, 1, 1, 0], None),
+        (spaces.MultiDiscrete([2, 2]), [0, 0, 1, 1], "allows no action"),
+        (spaces.Box(0, 1, (2,)), [1, 1], "the action space has no single actions"),
+    ],
+)
+@pytest.mark.parametrize("key", ["info", "observation"])
+def test_check_env_masks_of_every_kind_are_checked_and_obeyed(space, mask, words, key):
+    """rollout 3A.41"""
+    mask = np.array(mask, bool)
+    allowed = {
+        "Discrete": lambda action: mask[action - 5],
+        "MultiDiscrete": lambda action: mask[action[0] - 1] and mask[2 + action[1] - 1],
+        "MultiBinary": lambda action: action[0] == 1 and action[1] == 0,
+    }.get(type(space).__name__)
+
+    class Masked(HealthyEnv):
+        def __init__(self):
+            super().__init__()
+            self.action_space = space
+            if key == "observation":
+                entries = spaces.MultiBinary(len(mask))
+                self.observation_space = spaces.Dict(x=self.observation_space, action_mask=entries)
+
+        def _observe(self):
+            x = super()._observe()
+            return x if key == "info" else {"x": x, "action_mask": mask.astype(np.int8)}
+
+        def _info(self):
+            return {"action_mask": mask.copy()} if key == "info" else {}
+
+        def _move(self, action):
+            if words is None and not allowed(action):
+                raise ValueError("forbidden")
+            super()._move(action * 0)
+
+    said = problems(check_here(Masked))
+    if words is None or (key == "observation" and isinstance(space, spaces.Box)):  # just an entry of that name
+        assert said == []
+    else:
+        assert len(said) == 1
+        assert words in said[0]
+
+
 def test_check_env_environment_that_hangs_keeps_what_was_found_before():
     class Both(broken.WideObservation, failing.Hangs):
         pass
@@ -198,10 +247,14 @@ def test_check_env_leaves_the_worlds_generators_alone():
 
 
 def test_check_env_in_a_worker_process_plays_the_same_or_says_what_differs():
-    """rollout 3A.23: also what cannot be sent there."""
-    assert check_env(HealthyEnv) == []
-    [finding] = check_env(broken.DependsOnItsProcess)
+    with start_method("fork"):
+        assert check_env(HealthyEnv) == []
+        [finding] = check_env(broken.DependsOnItsProcess)
     assert finding.where == "DependsOnItsProcess: in a worker process, episode 0, step 1"
+
+
+def test_check_env_maker_that_cannot_be_sent_to_a_worker_is_found():
+    """rollout 3A.23"""
     lock = threading.Lock()
     [finding] = check_env(lambda: HealthyEnv() if lock else None)
     assert "variable lock = <unlocked" in finding.problem
