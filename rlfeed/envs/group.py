@@ -17,6 +17,7 @@ from rlfeed.envs.boundary import ObservationCheck, flag_of, mask_of, reward_of, 
 from rlfeed.envs.seeds import episode_seed, failed
 from rlfeed.errors import ConfigError, EnvContractError, RlfeedError
 from rlfeed.nest import Nest
+from rlfeed.specs import check_spaces
 
 Faults = Mapping[int, RlfeedError]  # by row
 Mask = Bool[ndarray, "k A"] | None
@@ -302,7 +303,7 @@ def rows_of(nest: Nest, row: int) -> Nest:
 
 
 def check_distinct(name: str, envs: Sequence[gymnasium.Env]) -> None:
-    """Check that environments are different objects of the same spaces.
+    """Check that environments are different objects of the same spaces, which can be stored.
 
     Args:
         name: What to call them in errors.
@@ -310,7 +311,9 @@ def check_distinct(name: str, envs: Sequence[gymnasium.Env]) -> None:
 
     Raises:
         ConfigError: If one is there twice, or if their spaces differ.
+        SpaceError: If parts of the spaces cannot be stored; the message names all of them.
     """
+    check_spaces(envs[0].observation_space, envs[0].action_space)
     seen: dict[int, int] = {}
     for index, env in enumerate(envs):
         twin = seen.setdefault(id(env.unwrapped), index)

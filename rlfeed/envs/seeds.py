@@ -9,6 +9,7 @@ from rlfeed.envs.boundary import ObservationCheck
 from rlfeed.envs.source import own_traceback
 from rlfeed.errors import EnvFailedError
 from rlfeed.nest import map_nest
+from rlfeed.specs import check_spaces
 
 EPISODES_OPTION = "rlfeed.episodes"
 
@@ -60,6 +61,7 @@ class NumberedEpisodes(gymnasium.Wrapper):
     def __init__(self, env: gymnasium.Env, env_id: int, num_envs: int) -> None:
         super().__init__(env)
         self._env_id, self._num_envs = env_id, num_envs
+        check_spaces(env.observation_space, env.action_space)
         self._check = ObservationCheck(env.observation_space)
         self._seed = 0
         self._episode = -1

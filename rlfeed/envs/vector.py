@@ -27,7 +27,7 @@ from rlfeed.envs.worker import STEP as STEP_NOW
 from rlfeed.errors import ConfigError, EnvFailedError, RlfeedError, WorkerError
 from rlfeed.nest import Nest, leaves, map_nest
 from rlfeed.processes import Lifeline, choose_context, context_of
-from rlfeed.specs import from_space
+from rlfeed.specs import check_spaces, from_space
 
 
 class PoolEnvs:
@@ -75,6 +75,7 @@ class PoolEnvs:
         env = source()
         self.observation_space, self.action_space = env.observation_space, env.action_space
         env.close()
+        check_spaces(self.observation_space, self.action_space)
         self._check = ObservationCheck(self.observation_space)
         self._policy = FaultPolicy(self.name, on_fault, max_restarts)
         self._first = first_env_id
@@ -177,7 +178,8 @@ class PoolEnvs:
                 crew.tell(worker, STEP_NOW)
         workers = crew.wait(self._enough)
         if len(workers) == len(self._rows):
-            return self._collect(workers, self._all, None)
+            # All have come back, which need not be those just acted on: some may have been under way before.
+            return self._collect(workers, self._all, None if len(acted) == self.num_envs else self._all)
         ids = np.concatenate([self._all[slice(*self._rows[worker])] for worker in workers])
         return self._collect(workers, ids, ids)
 

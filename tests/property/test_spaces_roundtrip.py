@@ -2,12 +2,14 @@
 
 import gymnasium
 import numpy as np
+import pytest
 from gymnasium import spaces
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlfeed.envs import make_envs
+from rlfeed.envs import EnvSource, make_envs
+from rlfeed.envs.vector import PoolEnvs
 from rlfeed.nest import leaves, map_nest
 from rlfeed.replay import ReplayBuffer, Transition
 from rlfeed.rollout import Rollout
@@ -73,10 +75,30 @@ class Echoes(gymnasium.Env):
         return action, 0.0, False, self.steps == 3, {}
 
 
-@settings(max_examples=60, deadline=None)
+LAYOUTS = [{"mode": "serial"}, *({"mode": "sync", "autoreset": a} for a in ("same_step", "next_step", "disabled"))]
+EVERYTHING = spaces.Dict(
+    z=spaces.Tuple([Discrete(3, start=-1), MultiBinary((2, 2))]),
+    a=spaces.Dict(half=Box(-1, 1, (2, 1), np.float16), wide=Box(-np.inf, np.inf, (3,), np.float64)),
+    b=MultiDiscrete([[2, 3], [4, 1]], start=[[5, 0], [-2, 1]]),
+    c=Box(0, 255, (2, 2, 1), np.uint8),
+)
+
+
+@pytest.mark.parametrize("min_ready", [None, 1])
+def test_spaces_of_every_kind_arrive_in_worker_processes_as_chosen(min_ready):
+    envs = PoolEnvs(EnvSource(Echoes, {"space": EVERYTHING}), 4, 2, min_ready=min_ready, context="fork")
+    rollout = Rollout(envs, lambda o: 1 / 0, mode="random")
+    for _ in range(12):
+        step = next(rollout)
+        same(step.next_observation, step.action)
+    rollout.close()
+    assert rollout.statistics.lost == 0
+
+
+@settings(max_examples=40, deadline=None)
 @given(
     space=nested,
-    layout=st.sampled_from([{}, *({"mode": "sync", "autoreset": a} for a in ("same_step", "next_step", "disabled"))]),
+    layout=st.sampled_from(LAYOUTS),
 )
 def test_spaces_any_action_arrives_and_is_drawn_again_as_it_was_chosen(space, layout):
     """rollout 3A.21."""

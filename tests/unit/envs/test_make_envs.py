@@ -244,3 +244,20 @@ def test_vector_envs_without_autoreset_mode_are_refused():
 
     with pytest.raises(ConfigError, match="has no autoreset_mode"):
         as_envs(Silent())
+
+
+@pytest.mark.parametrize("mode", ["auto", "serial", "sync", "pool"])
+def test_make_envs_names_every_part_of_both_spaces_that_cannot_be_stored(mode):
+    spaces = gymnasium.spaces
+    graph = spaces.Graph(spaces.Box(0, 1, (2,)), None)
+
+    class Mixed(ConstantRewardEnv):
+        def __init__(self):
+            super().__init__()
+            self.observation_space = spaces.Dict(fine=spaces.Discrete(2), says=spaces.Text(4), web=graph)
+            self.action_space = spaces.Tuple([spaces.Discrete(3), spaces.Sequence(spaces.Discrete(2))])
+
+    with pytest.raises(SpaceError) as error:
+        make_envs(Mixed, 2, mode=mode)
+    message(error, 'observation_space["says"]: is Text', 'observation_space["web"]: is Graph')
+    message(error, "action_space[1]: is Sequence")

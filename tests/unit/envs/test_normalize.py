@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from support.known_streams import AUTORESETS, identifiable_envs
 
-from rlfeed.envs import NormalizedEnvs, Outcome, RunningMoments, SerialEnvs, make_envs
+from rlfeed.envs import EnvSource, NormalizedEnvs, Outcome, RunningMoments, SerialEnvs, make_envs
+from rlfeed.envs.vector import PoolEnvs
 from rlfeed.errors import CheckpointError, ConfigError
 from rlfeed.rollout import Rollout
 from rlfeed.testing import ConstantRewardEnv, IdentifiableEnv
@@ -25,7 +26,7 @@ def zeros(observation):
     return np.zeros(len(leaf), np.int64)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(parts=st.lists(arrays(np.float64, st.tuples(st.integers(0, 9), st.just(3)), elements=VALUES), max_size=6))
 def test_moments_any_split_in_any_order_equals_the_whole(parts):
     """rollout 3A.43: batches, single rows and other processes' moments all give the whole batch's mean and variance."""
@@ -64,6 +65,20 @@ def test_moments_deltas_of_two_processes_add_up_to_what_both_have_seen():
         assert moments.count == 30
         np.testing.assert_allclose(moments.variance, whole.var(axis=0), rtol=1e-12)
     assert actors[0].take_delta().count == 0
+
+
+@pytest.mark.parametrize("min_ready", [None, 2])
+def test_normalized_pool_counts_what_its_processes_gave(min_ready):
+    """Whatever came first: each step's successor and each episode's first observation, once."""
+    pool = PoolEnvs(EnvSource(ConstantRewardEnv, {"length": 3}), 4, 2, min_ready=min_ready, context="fork")
+    envs = NormalizedEnvs(pool, reward=True)
+    rollout = Rollout(envs, zeros)
+    list(itertools.islice(rollout, 20))
+    rollout.close()
+    begun = 4 + rollout.statistics.episodes
+    assert envs.observation_moments[()].count == rollout.env_steps + begun
+    assert envs.reward_moments.count == rollout.env_steps
+    assert {record.total_reward for record in rollout.statistics.window} == {0.0}
 
 
 class Recorded:
@@ -240,11 +255,11 @@ def test_normalized_first_ready_rows_are_counted_by_their_ids():
 
 def test_evaluation_uses_the_training_statistics_and_counts_nothing():
     """rollout 3A.43: greedy mode, evaluate() in any mode, and frozen environments leave the statistics alone."""
-    train = NormalizedEnvs(make_envs(ConstantRewardEnv, 2), reward=True)
+    train = NormalizedEnvs(make_envs(ConstantRewardEnv, 2, mode="serial"), reward=True)
     rollout = Rollout(train, zeros)
     list(itertools.islice(rollout, 7))
     before = train.state_dict()
-    apart = train.evaluation(make_envs(ConstantRewardEnv, 3))
+    apart = train.evaluation(make_envs(ConstantRewardEnv, 3, mode="serial"))
     shown = []
     for envs, mode in ((apart, "greedy"), (apart, "explore"), (train, "explore")):
         result = evaluate(envs, lambda o: shown.append(o) or np.ones(len(o), np.int64), episodes=3, mode=mode)
@@ -268,7 +283,7 @@ def same_statistics(state, other):
 
 def test_rollout_state_brings_the_statistics_back():
     def fresh(reward=True):
-        return Rollout(NormalizedEnvs(make_envs(ConstantRewardEnv, 2), reward=reward), zeros)
+        return Rollout(NormalizedEnvs(make_envs(ConstantRewardEnv, 2, mode="serial"), reward=reward), zeros)
 
     first = fresh()
     list(itertools.islice(first, 13))
@@ -278,12 +293,12 @@ def test_rollout_state_brings_the_statistics_back():
     with pytest.raises(CheckpointError, match="1 parts of observations and the reward"):
         fresh(reward=False).load_state_dict(first.state_dict())
     with pytest.raises(CheckpointError, match="keep none"):
-        Rollout(make_envs(ConstantRewardEnv, 2), zeros).load_state_dict(first.state_dict())
+        Rollout(make_envs(ConstantRewardEnv, 2, mode="serial"), zeros).load_state_dict(first.state_dict())
 
 
 def test_normalized_deltas_merge_to_what_one_process_would_have():
-    alone, learner = (NormalizedEnvs(make_envs(ConstantRewardEnv, 2), reward=True) for _ in range(2))
-    actor = NormalizedEnvs(make_envs(ConstantRewardEnv, 2), reward=True, deltas=True)
+    alone, learner = (NormalizedEnvs(make_envs(ConstantRewardEnv, 2, mode="serial"), reward=True) for _ in range(2))
+    actor = NormalizedEnvs(make_envs(ConstantRewardEnv, 2, mode="serial"), reward=True, deltas=True)
     for envs in (alone, actor):
         rollout = Rollout(envs, zeros)
         for _ in range(3):

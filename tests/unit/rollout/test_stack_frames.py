@@ -29,7 +29,7 @@ class Notes:
 
 
 class LosesRows(SerialEnvs):
-    """Loses both rows in every sixth step: new episodes begin."""
+    """Loses row 0 in every sixth step, and cuts row 1 there: new episodes begin."""
 
     calls = 0
 
@@ -40,9 +40,8 @@ class LosesRows(SerialEnvs):
             return out
         firsts = self.reset(0, [self.calls] * self.num_envs).observation
         flags = np.zeros(2, bool)
-        return Outcome(
-            out.next_observation, out.reward, flags, flags, Ready(out.ready.env_ids, firsts), lost=~flags
-        )
+        lost, ready = np.array([True, False]), Ready(out.ready.env_ids, firsts)
+        return Outcome(out.next_observation, out.reward, flags, flags, ready, lost=lost, cut=~lost)
 
 
 def compare(envs, frames, steps):
@@ -74,7 +73,7 @@ def test_stack_frames_any_episodes_act_on_what_is_sampled(layout, lengths, frame
     assert compare(identifiable_envs(layout, 2, lengths=lengths, observation="dict"), frames, 30) > 20
 
 
-def test_stack_frames_of_lost_episodes_act_on_what_is_sampled():
+def test_stack_frames_of_lost_and_cut_episodes_act_on_what_is_sampled():
     envs = LosesRows([IdentifiableEnv(env, lengths=(50,), observation="dict") for env in range(2)])
     assert compare(envs, 4, 40) > 40
 
