@@ -12,6 +12,7 @@ from command_line import guarded
 from rlfeed.envs.check import Report, examine
 from rlfeed.envs.layouts import suggest_layout
 from rlfeed.envs.source import EnvSource
+from rlfeed.envs.wrappers import as_wrapper
 
 RESUME = {
     "exact": "exact: get_state() and set_state() bring an open episode back",
@@ -26,9 +27,11 @@ class EnvFlags:
 
     Args:
         kwargs: Arguments of its constructor; one at a time as --env.kwargs.NAME VALUE.
+        wrappers: Wrappers, applied in order, as NAME or NAME:key=value,key=value; see train.py.
     """
 
     kwargs: dict[str, Any] = field(default_factory=dict)
+    wrappers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     chosen = command_line.parse(CommandLine, argv, prog="check_env.py", description="Check an environment.")
-    source = EnvSource(chosen.target, chosen.env.kwargs)
+    source = EnvSource(chosen.target, chosen.env.kwargs, tuple(map(as_wrapper, chosen.env.wrappers)))
     report = examine(
         source, episodes=chosen.episodes, max_steps=chosen.max_steps, call_timeout_s=chosen.call_timeout_s,
         workers=chosen.workers,

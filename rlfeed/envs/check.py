@@ -218,7 +218,7 @@ class _Examination:
             check_neighbours(self._fresh(), self._fresh(), traces, findings)
         if self.subject.source is not None and not any(found.severity == "error" for found in findings.all()):
             check_autoreset(self.subject.source, self.watch, findings)
-        if check_state(self._fresh(), traces, findings):
+        if check_state(self._fresh(), self._fresh(), traces, findings):
             return "exact"
         return "re-enacted" if repeats else "restarted"
 

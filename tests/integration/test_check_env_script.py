@@ -50,11 +50,17 @@ def test_check_env_script_healthy_environment_ends_with_its_figures_and_zero(cap
 def test_check_env_script_prints_every_finding_with_its_fix_and_one(capsys, pond):
     code, out, _ = check(capsys, pond, "--env.kwargs.depth", "5")
     assert code == 1
-    assert re.search(r"^error: PondEnv: episode 0, .*: observation\[\d\] is .*, outside -1.0 to 1.0$", out, re.MULTILINE)
+    assert re.search(r"^error: PondEnv: episode 0, .*: observation\[\d\] is .*, outside -1.0 to 1.0$", out, re.M)
     assert "    fix: Clip it, or declare wider bounds." in out
     code, out, _ = check(capsys, pond, "--env.kwargs.depth=0")
     assert code == 1
     assert "reward must be a scalar, got shape (1,)" in out
+
+
+def test_check_env_script_wrappers_are_checked_with_their_environment(capsys, pond):
+    code, out, _ = check(capsys, pond, "--env.wrappers", "TimeLimit:max_episode_steps=3")
+    assert code == 0
+    assert "3 episodes, 9 steps: no episode was terminated" in out
 
 
 @pytest.mark.parametrize(

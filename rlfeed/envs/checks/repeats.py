@@ -4,11 +4,15 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import gymnasium
 import numpy as np
+from gymnasium.wrappers import TimeLimit
 
+from rlfeed.codec import decode, encode
 from rlfeed.envs.checks.findings import Findings
 from rlfeed.envs.checks.plays import Player, Trace, difference, is_set, observation_of, replay, step_values
 from rlfeed.envs.checks.tour import FIRST_SEED
+from rlfeed.errors import FieldError
 from rlfeed.nest import leaves
 
 _OTHER_SEED = FIRST_SEED + 100
@@ -159,33 +163,38 @@ def check_neighbours(one: Player, two: Player, traces: Sequence[Trace], findings
                 return
 
 
-def check_state(player: Player, traces: Sequence[Trace], findings: Findings) -> bool:
-    """Check that an environment with ``get_state`` and ``set_state`` can go back to where it was.
+def check_state(one: Player, two: Player, traces: Sequence[Trace], findings: Findings) -> bool:
+    """Check that ``set_state`` in one environment goes on with what ``get_state`` gave in another, as after a resume.
 
     Args:
-        player: Of a fresh environment, without findings of its own.
+        one: Of a fresh environment, without findings of its own.
+        two: Of another one.
         traces: What was played.
         findings: What to add to.
 
     Returns:
         Whether it has both and they work.
     """
-    env: Any = player.env.unwrapped
-    if not all(callable(getattr(env, name, None)) for name in ("get_state", "set_state")):
+    first, second = one.env.unwrapped, two.env.unwrapped
+    if not all(callable(getattr(first, name, None)) for name in ("get_state", "set_state")):
         return False
     trace = max(traces, key=lambda trace: len(trace.returned))
     half = len(trace.actions) // 2
-    player.reset(trace.seed)
-    for action in trace.actions[:half]:
-        player.step(copy.deepcopy(action))
+    different = replay(one, [Trace(trace.seed, trace.actions[:half], trace.returned[: half + 1])])
+    problem = None if different is None else different[1]
+    two.reset(_OTHER_SEED)
     try:
-        state = copy.deepcopy(env.get_state())
-        first = [step_values(player.step(copy.deepcopy(action))) for action in trace.actions[half:]]
-        first = copy.deepcopy(first)
-        env.set_state(state)
-        again = [step_values(player.step(copy.deepcopy(action))) for action in trace.actions[half:]]
-        pairs = zip(first, again, strict=True)
-        problem = player.failure or next((d for a, b in pairs if (d := difference(a, b))), None)
+        second.set_state(_saved(first.get_state()))  # pyright: ignore[reportAttributeAccessIssue]
+        _set_elapsed(two.env, half)
+        for action, expected in zip(trace.actions[half:], trace.returned[half + 1 :], strict=True):
+            seen = step_values(two.step(copy.deepcopy(action)))
+            problem = problem or two.failure or difference(expected, seen)
+    except FieldError as error:
+        findings.error(
+            "state form", f"step {half}", str(error), expected="what a checkpoint can hold",
+            fix="Give numbers, text, NumPy arrays, None, and lists, tuples and dicts of these.",
+        )
+        return False
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
     if problem is None:
@@ -196,6 +205,20 @@ def check_state(player: Player, traces: Sequence[Trace], findings: Findings) -> 
         fix="Put all that changes into the state, the generator (self.np_random.bit_generator.state) included.",
     )
     return False
+
+
+def _saved(state: Any) -> Any:
+    """Make of a state what comes back from a checkpoint."""
+    block = np.frombuffer(b"".join(encode(state, "get_state()")), np.uint8)
+    return copy.deepcopy(decode(block))
+
+
+def _set_elapsed(env: Any, steps: int) -> None:
+    """Let time limits count on from some step: they have no other way to be told."""
+    while isinstance(env, gymnasium.Wrapper):
+        if isinstance(env, TimeLimit):
+            env._elapsed_steps = steps
+        env = env.env
 
 
 def _episode(player: Player, seed: int | None, actions: Sequence[Any]) -> list[tuple[Any, ...]]:

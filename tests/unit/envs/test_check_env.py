@@ -283,6 +283,17 @@ def test_examine_state_that_comes_back_is_exact():
 
     report = examine(Saved, workers=False, timed=False)
     assert (report.findings, report.resume, report.step_s) == ([], "exact", None)
+    limited = examine(lambda: gymnasium.wrappers.TimeLimit(Saved(), 7), workers=False, timed=False)
+    assert (errors(limited.findings), limited.resume) == ([], "exact")
+
+
+def test_check_env_state_that_no_checkpoint_can_hold_is_found():
+    class Objects(failing.StateWithoutGenerator):
+        def get_state(self):
+            return {"generator": self.np_random}
+
+    [finding] = check_here(Objects)
+    assert finding.problem.startswith('get_state()["generator"]: is')
 
 
 @pytest.mark.parametrize(
