@@ -29,6 +29,7 @@ class EnvPoolEnvs(VectorEnvs):
         pool: What ``envpool.make_gymnasium`` gives, also in Gymnasium's vector wrappers.
         name: What to call it in errors.
         make: Makes the pool anew with a seed for each environment.
+        first_env_id: The number of the first one; episodes have their seeds by it.
 
     Raises:
         UnsupportedError: If the pool is asynchronous, or its environments have several players.
@@ -36,7 +37,12 @@ class EnvPoolEnvs(VectorEnvs):
     """
 
     def __init__(
-        self, pool: VectorEnv, name: str | None = None, *, make: Callable[[Sequence[int]], VectorEnv] | None = None
+        self,
+        pool: VectorEnv,
+        name: str | None = None,
+        *,
+        make: Callable[[Sequence[int]], VectorEnv] | None = None,
+        first_env_id: int = 0,
     ) -> None:
         base: Any = pool.unwrapped
         players = base.config.get("max_num_players", 1)
@@ -47,14 +53,14 @@ class EnvPoolEnvs(VectorEnvs):
             )
         _declare(pool)
         super().__init__(pool, name, observation_space=_mended(pool.single_observation_space))
-        self._make = make
+        self._make, self._first = make, first_env_id
 
     def reset(self, seed: int, first_episodes: Sequence[int]) -> Ready:
         """Begin an episode in every environment. See `Envs`."""
         if self._make is not None:
             self._envs.close()
-            pool = self._make([episode_seed(seed, env_id, int(n)) for env_id, n in enumerate(first_episodes)])
-            self._envs = self._base = pool
+            seeds = [episode_seed(seed, self._first + row, int(n)) for row, n in enumerate(first_episodes)]
+            self._envs = self._base = self._make(seeds)
         return super().reset(seed, first_episodes)
 
     def _seeds(self, rows: ndarray) -> None:
@@ -74,13 +80,14 @@ def is_envpool(envs: Any) -> bool:
     return isinstance(envs, VectorEnv) and hasattr(base, "async_reset") and hasattr(base, "all_env_ids")
 
 
-def make_envpool(task: str, num_envs: int, kwargs: Mapping[str, Any]) -> EnvPoolEnvs:
+def make_envpool(task: str, num_envs: int, kwargs: Mapping[str, Any], first_env_id: int = 0) -> EnvPoolEnvs:
     """Make environments of EnvPool.
 
     Args:
         task: EnvPool's name of the task, such as ``CartPole-v1``.
         num_envs: How many.
         kwargs: The task's own settings, such as ``max_episode_steps``, and ``num_threads``.
+        first_env_id: The number of the first one.
 
     Returns:
         The environments.
@@ -111,7 +118,7 @@ def make_envpool(task: str, num_envs: int, kwargs: Mapping[str, Any]) -> EnvPool
         return pool
 
     try:
-        return EnvPoolEnvs(make(range(num_envs)), f"envpool:{task}", make=make)
+        return EnvPoolEnvs(make(range(num_envs)), f"envpool:{task}", make=make, first_env_id=first_env_id)
     except (RuntimeError, TypeError, ValueError) as error:
         raise EnvMakeError(
             f"envpool:{task}: EnvPool raised {type(error).__name__}: {error}; expected an environment. Mend the "

@@ -22,7 +22,11 @@ ENVPOOL, PETTINGZOO = "envpool:", "pettingzoo:"
 
 
 def foreign_envs(
-    target: Any, num_envs: int, kwargs: Mapping[str, Any], wrappers: Sequence[Callable[..., Any]]
+    target: Any,
+    num_envs: int,
+    kwargs: Mapping[str, Any],
+    wrappers: Sequence[Callable[..., Any]],
+    first_env_id: int = 0,
 ) -> Envs | None:
     """Make environments that are not Gymnasium's, where their name or class says that they are not.
 
@@ -33,6 +37,7 @@ def foreign_envs(
         num_envs: How many; copies, where each has several agents.
         kwargs: Arguments of the constructor.
         wrappers: Applied to each copy, in order; EnvPool takes none.
+        first_env_id: The number of the first row.
 
     Returns:
         The environments; None where it is for Gymnasium to make them.
@@ -48,12 +53,15 @@ def foreign_envs(
                 f"{target}: got wrappers {list(wrappers)}; expected none, since they are for single environments. Use "
                 "the task's own settings as kwargs."
             )
-        return make_envpool(target.removeprefix(ENVPOOL), num_envs, kwargs)
+        return make_envpool(target.removeprefix(ENVPOOL), num_envs, kwargs, first_env_id)
     if isinstance(target, str) and target.startswith(PETTINGZOO):
-        return _parallel_envs(_find_parallel(target.removeprefix(PETTINGZOO)), target, num_envs, kwargs, wrappers)
-    if isinstance(target, type) and not issubclass(target, gymnasium.Env) and _has_spaces_by_agent(target):
-        return _parallel_envs(target, target.__name__, num_envs, kwargs, wrappers)
-    return None
+        maker, name = _find_parallel(target.removeprefix(PETTINGZOO)), target
+    elif isinstance(target, type) and not issubclass(target, gymnasium.Env) and _has_spaces_by_agent(target):
+        maker, name = target, target.__name__
+    else:
+        return None
+    copies = [_make_parallel(maker, name, kwargs, wrappers) for _ in range(num_envs)]
+    return ParallelEnvs(copies, first_env_id=first_env_id)
 
 
 def native_envs(source: EnvSource, num_envs: int, autoreset: AutoresetMode) -> VectorEnvs:
@@ -128,26 +136,23 @@ def _registered_parallel(env_id: str) -> Callable[..., Any]:
     return functools.partial(package.make, "parallel", env_id)
 
 
-def _parallel_envs(
-    maker: Any, name: str, copies: int, kwargs: Mapping[str, Any], wrappers: Sequence[Callable[..., Any]]
-) -> ParallelEnvs:
-    envs = []
-    for _ in range(copies):
-        try:
-            env = maker(**kwargs)
-            for wrapper in wrappers:
-                env = wrapper(env)
-        except RlfeedError:
-            raise
-        except Exception as error:
-            raise _make_error(name, kwargs, error) from error
-        if not is_parallel(env):
-            raise ConfigError(
-                f"{name}: made a {type(env).__name__}; expected an environment of PettingZoo's parallel interface. "
-                "Where agents take turns, pettingzoo.utils.aec_to_parallel makes one."
-            )
-        envs.append(env)
-    return ParallelEnvs(envs, None if name.startswith(PETTINGZOO) else name)
+def _make_parallel(
+    maker: Callable[..., Any], name: str, kwargs: Mapping[str, Any], wrappers: Sequence[Callable[..., Any]]
+) -> Any:
+    try:
+        env = maker(**kwargs)
+        for wrapper in wrappers:
+            env = wrapper(env)
+    except RlfeedError:
+        raise
+    except Exception as error:
+        raise _make_error(name, kwargs, error) from error
+    if not is_parallel(env):
+        raise ConfigError(
+            f"{name}: made a {type(env).__name__}; expected an environment of PettingZoo's parallel interface. "
+            "Where agents take turns, pettingzoo.utils.aec_to_parallel makes one."
+        )
+    return env
 
 
 def _has_spaces_by_agent(kind: type) -> bool:

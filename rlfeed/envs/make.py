@@ -66,7 +66,7 @@ def make_envs(
         id_or_callable: A Gymnasium id, ``path/to/file.py:ClassName`` (or ``path/to/file.py`` when it has one
             environment class), ``package.module:ClassName``, ``package.module:Env-v0``, an environment class, or a
             function that returns an environment; ``envpool:Task-v1``; ``pettingzoo:package.module``, whose agents are
-            rows, or a class of PettingZoo's parallel interface.
+            rows, or a class or function that makes one of PettingZoo's parallel environments.
         num_envs: How many, at least 1.
         kwargs: Arguments of the constructor.
         wrappers: Applied in order: functions from environment to environment, or names such as
@@ -105,10 +105,14 @@ def make_envs(
             f"make_envs: autoreset is {autoreset!r}; expected one of {tuple(AUTORESETS)}."
             f"{suggest(str(autoreset), AUTORESETS)}"
         )
-    foreign = foreign_envs(id_or_callable, num_envs, dict(kwargs or {}), wrappers)
+    applied = tuple(map(as_wrapper, wrappers))
+    foreign = foreign_envs(id_or_callable, num_envs, dict(kwargs or {}), applied, first_env_id)
     if foreign is not None:
-        if mode != "auto":
-            raise ConfigError(f"make_envs: mode is {mode!r}; expected 'auto' for {foreign.name}. Leave it out.")
+        if mode != "auto" or layout != "auto" or min_ready is not None:
+            raise ConfigError(
+                f"make_envs: mode is {mode!r}, layout {layout!r} and min_ready {min_ready!r}; expected none of them "
+                f"for {foreign.name}. Leave them out."
+            )
         return foreign
     if first_env_id and mode not in ("auto", "serial", "pool"):
         raise ConfigError(f"make_envs: first_env_id is {first_env_id} in mode {mode!r}; expected it of ours only.")
@@ -119,7 +123,7 @@ def make_envs(
                 "pool only. Write mode='pool'."
             )
         mode = "pool"
-    source = EnvSource(id_or_callable, dict(kwargs or {}), tuple(map(as_wrapper, wrappers)))
+    source = EnvSource(id_or_callable, dict(kwargs or {}), applied)
     if mode == "vector":
         return native_envs(source, num_envs, AUTORESETS[autoreset])
     if mode in ("auto", "serial", "pool"):
@@ -130,7 +134,9 @@ def make_envs(
         if choice.workers:
             waits: dict[str, Any] = {"min_ready": min_ready, "step_timeout_s": step_timeout_s}
             return PoolEnvs(source, num_envs, choice.workers, choice=choice.why, **waits, **ours)
-        envs = [source() for _ in range(num_envs)]
+        envs = [_made(source) for _ in range(num_envs)]
+        if is_parallel(envs[0]):
+            return ParallelEnvs(envs, first_env_id=first_env_id)
         return SerialEnvs(envs, source.name, makers=[source] * num_envs, choice=choice.why, **ours)
     makers = [_NumberedSource(source, env_id, num_envs) for env_id in range(num_envs)]
     if mode == "async":
@@ -138,6 +144,12 @@ def make_envs(
         return VectorEnvs(workers, source.name, numbered=True, step_timeout_s=step_timeout_s)
     vector = SyncVectorEnv(makers, autoreset_mode=AUTORESETS[autoreset])
     return VectorEnvs(vector, source.name, numbered=True)
+
+
+def _made(source: EnvSource) -> Any:
+    """Make an environment, or one whose agents are rows where that is what a function makes."""
+    env = source.make()
+    return env if is_parallel(env) else source.checked(env)
 
 
 def as_envs(envs: Envs | gymnasium.Env | VectorEnv) -> Envs:

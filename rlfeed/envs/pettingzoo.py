@@ -26,13 +26,14 @@ class ParallelEnvs:
     Args:
         envs: At least one environment, all alike, of agents with the same spaces.
         name: What to call them in errors; by default the name that their metadata tell.
+        first_env_id: The number of the first row; episodes have their seeds by the number of the copy.
 
     Raises:
         ConfigError: If there is none, if one is given twice, or if the agents' spaces differ.
         SpaceError: If the observation space cannot be stored.
     """
 
-    def __init__(self, envs: Sequence[Any], name: str | None = None) -> None:
+    def __init__(self, envs: Sequence[Any], name: str | None = None, *, first_env_id: int = 0) -> None:
         if not envs:
             raise ConfigError("ParallelEnvs: got no environment; expected at least one.")
         first = envs[0]
@@ -42,7 +43,7 @@ class ParallelEnvs:
         self.num_envs = len(envs) * len(self.agents)
         self.observation_space = first.observation_space(self.agents[0])
         self.action_space = first.action_space(self.agents[0])
-        self._envs = list(envs)
+        self._envs, self._first = list(envs), first_env_id // len(self.agents)
         pairs = [(copy, agent) for copy in range(len(envs)) for agent in self.agents]
         self._rows = {pair: row for row, pair in enumerate(pairs)}
         self._check = ObservationCheck(self.observation_space)
@@ -120,7 +121,7 @@ class ParallelEnvs:
         begun = {}
         for copy in copies:
             self._steps[copy] = 0
-            seed = episode_seed(self._seed, copy, self._episodes[copy])
+            seed = episode_seed(self._seed, self._first + copy, self._episodes[copy])
             try:
                 result = self._envs[copy].reset(seed=seed)
             except Exception as error:

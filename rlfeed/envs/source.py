@@ -61,6 +61,26 @@ class EnvSource:
             ConfigError: If it is no `gymnasium.Env`, or does not take the arguments.
             EnvMakeError: If the constructor or a wrapper raised; its traceback is in the message.
         """
+        return self.checked(self.make())
+
+    def checked(self, env: Any) -> gymnasium.Env:
+        """Check that what was made is an environment.
+
+        Args:
+            env: What was made.
+
+        Returns:
+            The same.
+
+        Raises:
+            ConfigError: If it is no `gymnasium.Env`.
+        """
+        if not isinstance(env, gymnasium.Env):
+            raise ConfigError(_no_env(self.name, type(env)))
+        return env
+
+    def make(self) -> Any:
+        """Make what the target makes, whatever that is. See `EnvSource.__call__`."""
         maker = self.find()
         self._check_kwargs(maker)
         try:
@@ -79,8 +99,6 @@ class EnvSource:
                 f"Mend the constructor or its arguments {dict(self.kwargs)}; this is its own traceback:\n"
                 f"{own_traceback(error)}"
             ) from error
-        if not isinstance(env, gymnasium.Env):
-            raise ConfigError(_no_env(self.name, type(env)))
         return env
 
     def find(self) -> Any:

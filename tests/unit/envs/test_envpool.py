@@ -48,11 +48,11 @@ def test_envpool_made_for_a_rollout_gets_the_seeds_of_its_episodes():
         made.append((pool(), seeds))
         return made[-1][0]
 
-    rollout = Rollout(EnvPoolEnvs(make([0, 0]), make=make), act, seed=4)
+    rollout = Rollout(EnvPoolEnvs(make([0, 0]), make=make, first_env_id=6), act, seed=4)
     next(rollout)
     rollout.restart()
     next(rollout)
-    assert [seeds for _, seeds in made[1:]] == [[episode_seed(4, env, n) for env in range(2)] for n in range(2)]
+    assert [seeds for _, seeds in made[1:]] == [[episode_seed(4, 6 + env, n) for env in range(2)] for n in range(2)]
     assert [each.closed for each, _ in made] == [True, True, False]
 
 
@@ -78,10 +78,11 @@ def test_envpool_that_cannot_be_rows_is_refused(kwargs, part):
 def test_make_envs_envpool_takes_no_wrappers_and_no_mode(monkeypatch):
     with pytest.raises(ConfigError, match=r"wrappers .* are for single environments"):
         make_envs("envpool:CartPole-v1", wrappers=[gymnasium.wrappers.RecordEpisodeStatistics])
-    monkeypatch.setattr("rlfeed.envs.foreign.make_envpool", lambda task, n, kwargs: EnvPoolEnvs(pool(n), task))
+    monkeypatch.setattr("rlfeed.envs.foreign.make_envpool", lambda task, n, kwargs, first: EnvPoolEnvs(pool(n), task))
     assert make_envs("envpool:CartPole-v1", 3).num_envs == 3
-    with pytest.raises(ConfigError, match="mode is 'sync'; expected 'auto' for CartPole-v1"):
-        make_envs("envpool:CartPole-v1", mode="sync")
+    for wrong in ({"mode": "sync"}, {"layout": 2}, {"min_ready": 1}):
+        with pytest.raises(ConfigError, match="expected none of them for CartPole-v1"):
+            make_envs("envpool:CartPole-v1", 3, **wrong)
 
 
 def test_make_envs_envpool_that_is_not_installed_says_how_to_get_it(monkeypatch):

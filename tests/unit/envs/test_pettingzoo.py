@@ -91,6 +91,12 @@ def test_agents_episodes_have_the_seeds_of_their_copy():
     assert [troop.seeds for troop in troops] == [[episode_seed(6, copy, n) for n in range(3)] for copy in range(2)]
 
 
+def test_agents_of_a_process_of_several_have_the_seeds_of_its_copies():
+    envs = make_envs(Troop, 2, first_env_id=6)  # two copies of three agents are before
+    next(Rollout(envs, act, seed=6))
+    assert [troop.seeds for troop in envs._envs] == [[episode_seed(6, copy, 0)] for copy in (2, 3)]
+
+
 def test_agents_masks_are_obeyed_in_random_mode():
     """rollout 3A.41: allowed is the action t % 3."""
     rollout = Rollout(Troop(lives=LIVES, masked=True), act, mode="random")
@@ -208,8 +214,10 @@ def test_make_envs_pettingzoo_by_file_makes_copies(tail, tmp_path):
     assert (envs.num_envs, envs.name) == (6, "troop_v0")
 
 
-def test_make_envs_class_of_the_parallel_interface_makes_copies():
-    assert make_envs(Troop, 2, kwargs={"lives": (2, 2, 1)}).num_envs == 6
+@pytest.mark.parametrize("maker", [Troop, lambda lives: Troop(lives=lives)])
+def test_make_envs_class_or_function_of_the_parallel_interface_makes_copies(maker):
+    envs = make_envs(maker, 2, kwargs={"lives": (2, 2, 1)})
+    assert (envs.num_envs, type(envs)) == (6, ParallelEnvs)
 
 
 def test_make_envs_pettingzoo_what_is_wrong_is_named(tmp_path):
@@ -221,7 +229,7 @@ def test_make_envs_pettingzoo_what_is_wrong_is_named(tmp_path):
     with pytest.raises(ConfigError, match="made a int; expected an environment of PettingZoo's parallel interface"):
         make_envs(f"pettingzoo:{tmp_path}/zoo.py:other")
     with pytest.raises(ConfigError, match=r"is a Troop of PettingZoo; .*give ParallelEnvs\("):
-        make_envs(lambda: Troop())
+        make_envs(lambda: Troop(), mode="sync")
 
 
 # The real package, where it is installed.
