@@ -1,6 +1,7 @@
 """PettingZoo's parallel environments: every agent is a row, and one that has left takes no step."""
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -207,10 +208,19 @@ def other():
 """
 
 
+@pytest.fixture
+def zoo(tmp_path):
+    file = tmp_path / "zoo.py"
+    file.write_text(FILE)
+    before = set(sys.modules)
+    yield file
+    for name in set(sys.modules) - before:
+        del sys.modules[name]  # what was imported by path is imported in other processes as well, of other tests
+
+
 @pytest.mark.parametrize("tail", ["", ":parallel_env"])
-def test_make_envs_pettingzoo_by_file_makes_copies(tail, tmp_path):
-    (tmp_path / "zoo.py").write_text(FILE)
-    envs = make_envs(f"pettingzoo:{tmp_path}/zoo.py{tail}", 2, kwargs={"lives": (1, 2, 1)})
+def test_make_envs_pettingzoo_by_file_makes_copies(tail, zoo):
+    envs = make_envs(f"pettingzoo:{zoo}{tail}", 2, kwargs={"lives": (1, 2, 1)})
     assert (envs.num_envs, envs.name) == (6, "troop_v0")
 
 
@@ -220,14 +230,13 @@ def test_make_envs_class_or_function_of_the_parallel_interface_makes_copies(make
     assert (envs.num_envs, type(envs)) == (6, ParallelEnvs)
 
 
-def test_make_envs_pettingzoo_what_is_wrong_is_named(tmp_path):
-    (tmp_path / "zoo.py").write_text(FILE)
+def test_make_envs_pettingzoo_what_is_wrong_is_named(zoo):
     with pytest.raises(EnvNotFoundError, match=r"zoo.py has no 'paralel_env'.*Did you mean 'parallel_env'"):
-        make_envs(f"pettingzoo:{tmp_path}/zoo.py:paralel_env")
+        make_envs(f"pettingzoo:{zoo}:paralel_env")
     with pytest.raises(EnvMakeError, match=r"(?s)its constructor raised ValueError.*ValueError: nobody"):
-        make_envs(f"pettingzoo:{tmp_path}/zoo.py", kwargs={"lives": ()})
+        make_envs(f"pettingzoo:{zoo}", kwargs={"lives": ()})
     with pytest.raises(ConfigError, match="made a int; expected an environment of PettingZoo's parallel interface"):
-        make_envs(f"pettingzoo:{tmp_path}/zoo.py:other")
+        make_envs(f"pettingzoo:{zoo}:other")
     with pytest.raises(ConfigError, match=r"is a Troop of PettingZoo; .*give ParallelEnvs\("):
         make_envs(lambda: Troop(), mode="sync")
 
