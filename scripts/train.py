@@ -42,6 +42,8 @@ from rlfeed.train.interrupts import Interrupts
 from rlfeed.train.loop import Agent, OffPolicyLoop
 from rlfeed.train.run import RunDirectory, default_path, read_marker
 
+_RESTARTED = " at their next episode, open episodes of the replay cut"
+
 # What may change when a run goes on: none of it is part of what has been learned.
 RESUMABLE = (
     "total_steps",
@@ -224,10 +226,10 @@ def _train(
         )
         try:
             if checkpoint is not None:
-                loop.restore(checkpoint)
+                how = loop.restore(checkpoint)
                 print(
-                    f"resumed at env step {at} of {config.total_steps} after {loop.updates} updates: environments "
-                    "restarted at their next episode, open episodes of the replay cut",
+                    f"resumed at env step {at} of {config.total_steps} after {loop.updates} updates; "
+                    f"environments: {how}{_RESTARTED if 'restarted' in how else ''}",
                     flush=True,
                 )
             ended = loop.run()

@@ -162,6 +162,24 @@ class EnvGroup:
             faults = self._check_masks([i for i in range(row) if i not in self.ended], mask, faults)
         return faults
 
+    def repeat(self, row: int, action: Any, target: Nest) -> tuple[float, bool]:
+        """Take a step in one environment that was taken before, in another process.
+
+        Args:
+            row: Which.
+            action: The action.
+            target: Where the observation goes, ``[k, ...]`` per leaf.
+
+        Returns:
+            The reward, and whether the episode is over.
+        """
+        if self._book is not None:
+            self._book.calls(row, 1)
+        self._began[row] -= 1
+        observation, reward, terminated, truncated, self._infos[row] = self.envs[row].step(action)
+        self.check.write(observation, target, row, self.where)
+        return reward_of(reward, row, self.where), bool(terminated or truncated)
+
     def begin(self, rows: Sequence[int], target: Nest, mask: Mask = None) -> Faults:
         """Begin the episodes whose numbers are in ``episodes``.
 

@@ -11,6 +11,7 @@ from numpy import ndarray
 
 from rlfeed.envs.autoreset import Envs, Outcome, Ready
 from rlfeed.envs.moments import RunningMoments
+from rlfeed.envs.resume import REENACTED, Resumable
 from rlfeed.errors import CheckpointError, ConfigError
 from rlfeed.nest import Nest, Path
 from rlfeed.types import Mode, Stateful
@@ -172,6 +173,27 @@ class NormalizedEnvs:
             self._returns = np.array(state["returns"], np.float64)
         if isinstance(self.envs, Stateful) and "envs" in state:
             self.envs.load_state_dict(state["envs"])
+
+    @property
+    def episodes(self) -> ndarray:
+        """Number the open episodes; see `SerialEnvs`."""
+        return getattr(self.envs, "episodes")  # noqa: B009 - not all environments have it
+
+    def save_episodes(self) -> dict[str, Any] | None:
+        """Give what brings the open episodes of the environments inside back; see `Resumable`."""
+        return self.envs.save_episodes() if isinstance(self.envs, Resumable) else None
+
+    def resume_episodes(self, state: Mapping[str, Any]) -> tuple[Ready, ndarray]:
+        """Bring open episodes back, or begin the next ones; see `Resumable`.
+
+        What comes back was counted when it was seen first; the first observations of new episodes are counted here.
+        """
+        inside: Any = self.envs
+        ready, codes = inside.resume_episodes(state)
+        gone = codes > REENACTED
+        self._ids, self._returns[gone] = ready.env_ids, 0.0
+        self._count(ready.observation, gone)
+        return replace(ready, observation=self._normalised(ready.observation)), codes
 
     def _count(self, observation: Nest, rows: ndarray | None) -> None:
         if not self._counts:

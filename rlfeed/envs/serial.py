@@ -1,6 +1,7 @@
 """Environments in this process, one after the other: the fastest way for light ones."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -11,6 +12,7 @@ from rlfeed.envs.autoreset import Outcome, Ready
 from rlfeed.envs.boundary import mask_length
 from rlfeed.envs.faults import MAX_RESTARTS, Fault, FaultPolicy, OnFault
 from rlfeed.envs.group import EnvGroup, Faults, check_distinct, split_rows
+from rlfeed.envs.resume import REENACTED, Diary, capture, pasts_of, resume_group
 from rlfeed.errors import ConfigError
 from rlfeed.nest import Nest, leaves, map_nest
 
@@ -60,6 +62,7 @@ class SerialEnvs:
         self._ids.flags.writeable = False
         self._mask_length = mask_length(self.action_space)
         self._ready = Ready(self._ids, self._group.check.empty(self.num_envs))
+        self._diary = Diary(self.num_envs)
 
     @property
     def episodes(self) -> Int64[ndarray, " N"]:
@@ -90,6 +93,7 @@ class SerialEnvs:
             The first observations, of all environments.
         """
         observation, mask = self._group.check.empty(self.num_envs), self._empty_mask()
+        self._diary.begin()
         self._settle(self._group.start(seed, first_episodes, observation, mask), observation, mask)
         self._ready = Ready(self._ids, observation, mask if self._group.masked else None)
         return self._ready
@@ -108,7 +112,7 @@ class SerialEnvs:
         mask = self._empty_mask() if group.masked else None
         faults = group.step(split_rows(action), observation, mask)
         reward, terminated = np.array(group.reward), np.array(group.terminated)
-        truncated, lost, success = np.array(group.truncated), None, None
+        truncated, lost, success, over = np.array(group.truncated), None, None, None
         if faults:
             lost = np.isin(self._ids, list(faults))
             reward[lost], terminated[lost], truncated[lost] = 0.0, False, False
@@ -121,9 +125,45 @@ class SerialEnvs:
                 success[list(group.success)] = list(group.success.values())
             self._policy.ended([group.first + row for row in group.ended])
             observation = map_nest(np.copy, successor)
+            over = terminated | truncated if lost is None else terminated | truncated | lost
+        self._diary.note(self._ready.observation, action, reward, over)
+        if over is not None:
             self._settle(faults, observation, mask, group.ended)
         self._ready = Ready(self._ids, observation, mask)
         return Outcome(successor, reward, terminated, truncated, self._ready, lost, success=success)
+
+    def save_episodes(self) -> dict[str, Any]:
+        """Give what brings the open episodes back; see `Resumable`.
+
+        Returns:
+            The state.
+        """
+        group, ready = self._group, self._ready
+        return {
+            "seed": group.seed,
+            "episodes": self.episodes,
+            "observation": ready.observation,
+            "mask": ready.action_mask,
+            "states": capture(group.envs),
+            **self._diary.save(),
+        }
+
+    def resume_episodes(self, state: Mapping[str, Any]) -> tuple[Ready, Int64[ndarray, " N"]]:
+        """Bring open episodes back, or begin the next ones; see `Resumable`.
+
+        Args:
+            state: What `save_episodes` gave.
+
+        Returns:
+            What to act on next, and how each environment has come back: a key of ``COMEBACKS``.
+        """
+        observation, mask = self._group.check.empty(self.num_envs), self._empty_mask()
+        pasts = pasts_of(state, self._diary.load(state))
+        faults, codes = resume_group(self._group, state["seed"], state["episodes"], pasts, observation, mask)
+        self._settle(faults, observation, mask)
+        self._diary.forget([row for row, code in enumerate(codes) if code > REENACTED])
+        self._ready = Ready(self._ids, observation, mask if self._group.masked else None)
+        return self._ready, np.array(codes)
 
     def close(self) -> None:
         """Close every environment."""

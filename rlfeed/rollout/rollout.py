@@ -1,20 +1,22 @@
 """The iterator through environments: a policy's outputs are fed back as its next inputs."""
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import gymnasium
 import numpy as np
 from gymnasium.vector import VectorEnv
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 from numpy import ndarray
 
 from rlfeed.envs.autoreset import Envs, Outcome, Ready
 from rlfeed.envs.make import as_envs
 from rlfeed.envs.normalize import NormalizedEnvs
+from rlfeed.envs.resume import COMEBACKS, NONE_OPEN, REENACTED, UNSUPPORTED, Resumable, outlook
 from rlfeed.errors import CheckpointError, ConfigError, suggest
-from rlfeed.nest import Nest, leaves
+from rlfeed.nest import Nest, leaves, map_nest
 from rlfeed.rollout.actions import Actions, Handling
 from rlfeed.rollout.blocks import Block
 from rlfeed.rollout.policy import FunctionPolicy, adapt, check_carry, check_output
@@ -86,6 +88,7 @@ class Rollout:
         self.env_steps = 0
         self.num_envs = self.envs.num_envs
         self.statistics = EpisodeStatistics(self.num_envs)
+        self.comebacks: tuple[str, ...] = ()  # once a state was loaded: how each environment came back
         self._actions = Actions(self.envs.action_space, actions)
         self._underway = Underway(self.num_envs)
         self._generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(STREAM,))))
@@ -246,7 +249,9 @@ class Rollout:
 
     def restart(self) -> None:
         """Let every environment begin its next episode with the next step; running episodes are cut."""
-        self._next_episodes += ~self._memory[0]
+        if self._ready is not None:
+            self._next_episodes = self._open_episodes()
+        self._next_episodes = self._next_episodes + ~self._memory[0]
         self._memory = (np.ones(self.num_envs, bool), *self._memory[1:])
         self.statistics.discard(np.arange(self.num_envs))
         self._underway = Underway(self.num_envs)
@@ -255,24 +260,29 @@ class Rollout:
     def state_dict(self) -> dict[str, Any]:
         """Give what a later process needs to go on.
 
-        Environments are not saved: ``"environments": "restarted"`` says that each begins its next episode, with the
-        seed it would have had.
+        Environments that cannot be saved are played again, from the seeds and actions of their open episodes, where
+        they are `make_envs`'s own; others begin their next episode, with the seed it would have had.
 
         Returns:
-            The state, with that of environments which have one, such as `NormalizedEnvs`.
+            The state; ``"environments"`` says in a word how they are to come back.
         """
+        envs, playing = self.envs, self._ready is not None
+        episodes = envs.save_episodes() if playing and isinstance(envs, Resumable) else None
+        memory = self._before() if playing else None
         return {
-            "environments": "restarted",
+            "environments": "restarted" if episodes is None else outlook(episodes),
             "seed": self.seed,
             "env_steps": self.env_steps,
-            "next_episodes": self._next_episodes + ~self._memory[0],
+            "next_episodes": self._open_episodes() + ~memory[0] if memory else self._next_episodes + ~self._memory[0],
             "generator": self._generator.bit_generator.state,
             "statistics": self.statistics.state_dict(),
-            "envs": self.envs.state_dict() if isinstance(self.envs, Stateful) else None,
+            "envs": envs.state_dict() if isinstance(envs, Stateful) else None,
+            "memory": memory,
+            "episodes": episodes,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state: every environment begins its next episode.
+        """Go on from a saved state, as far as the environments can; `comebacks` says how each has come back.
 
         Args:
             state: What `state_dict` gave.
@@ -297,10 +307,14 @@ class Rollout:
             )
         if isinstance(self.envs, Stateful) and saved is not None:
             self.envs.load_state_dict(saved)
-        self.statistics.discard(np.arange(self.num_envs))
-        self._next_episodes = episodes.copy()
+        self._next_episodes, self._ready, self._underway = episodes.copy(), None, Underway(self.num_envs)
         self._memory = (np.ones(self.num_envs, bool), *self._memory[1:])
-        self._ready = None
+        if state["episodes"] is None or not isinstance(self.envs, Resumable):
+            self.statistics.discard(np.arange(self.num_envs))
+            why = NONE_OPEN if state["memory"] is None else UNSUPPORTED
+            self.comebacks = (COMEBACKS[why],) * self.num_envs
+        else:
+            self._come_back(*self.envs.resume_episodes(state["episodes"]), state["memory"])
 
     def timing(self) -> Timing:
         """Say where the time went.
@@ -344,6 +358,29 @@ class Rollout:
         self._ready = self.envs.reset(self.seed, self._next_episodes.tolist())
         return self._ready
 
+    def _come_back(self, ready: Ready, codes: Int64[ndarray, " N"], memory: Nest) -> None:
+        """Go on in environments that have come back, and begin anew in the others."""
+        self._ready, gone = ready, codes > REENACTED
+        is_first, carry, prev_action, prev_reward = memory
+        carry = map_nest(lambda leaf, like: leaf.to(like.device) if hasattr(leaf, "to") else leaf, carry, self._initial)
+        self._memory = (is_first | gone, *reset_rows((carry, prev_action, prev_reward), gone, self._blank))
+        self._next_episodes, self._any_first = self._open_episodes(), bool(self._memory[0].any())
+        self.statistics.discard(gone.nonzero()[0])
+        self.comebacks = tuple(COMEBACKS[code] for code in codes.tolist())
+        lost = [f"env {row}: {self.comebacks[row]}" for row in (gone & ~is_first).nonzero()[0]]
+        if lost:
+            warnings.warn(
+                f"{self.envs.name}: {len(lost)} of {self.num_envs} open episodes did not come back and are cut. "
+                f"{'; '.join(lost[:4])}{'; ...' if len(lost) > 4 else ''}. Give the environment get_state() and "
+                "set_state(state), or let everything follow from its seed and actions.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _open_episodes(self) -> Int64[ndarray, " N"]:
+        """Number the episodes that are played: environments that broke may have passed some over."""
+        return getattr(self.envs, "episodes", self._next_episodes)
+
     def _decide(self, observation: Nest, carry: Nest, context: PolicyContext) -> PolicyOutput:
         drawn = self._mode == "random"
         if drawn and isinstance(self.policy, FunctionPolicy):
@@ -386,15 +423,15 @@ class Rollout:
         self._any_first = True
         self._quiet = False
 
-    def _before(self) -> tuple[Nest, Nest, Float32[ndarray, " N"]]:
-        """Give carry, previous action and previous reward of every environment before its next step to come out."""
+    def _before(self) -> tuple[Bool[ndarray, " N"], Nest, Nest, Float32[ndarray, " N"]]:
+        """Give what the policy is told in every environment before its next step to come out."""
         if self._ready is None:
             self._begin()
-        _, *memory = self._memory
+        memory = self._memory
         if len(self._underway):
-            ids, (*_, carry, _, prev_action, prev_reward) = self._underway.look()
-            memory = put(tuple(memory), ids, (carry, prev_action, prev_reward), self.num_envs)
-        return tuple(memory)
+            ids, (*_, is_first, carry, _, prev_action, prev_reward) = self._underway.look()
+            memory = put(memory, ids, (is_first, carry, prev_action, prev_reward), self.num_envs)
+        return memory
 
     def _after(self) -> list[tuple[Int64[ndarray, " k"], Nest]]:
         """Give the observation of every environment at its next step to come out, where it is known."""
@@ -425,7 +462,7 @@ class _Blocks:
         rollout = self._rollout
         while self._block is None or not self._block.full:
             if self._block is None:
-                before = rollout._before()
+                before = rollout._before()[1:]
                 step = next(rollout)
                 self._block = Block(self._length, step, before, self._finals)
             else:

@@ -74,6 +74,10 @@ class Collector(Protocol):
         """Take a state back; see `Stateful`."""
         ...
 
+    def comebacks(self) -> tuple[str, ...]:
+        """Say how each environment came back with the state."""
+        ...
+
 
 class RolloutCollector:
     """Step a rollout in this process, with the weights that are learned.
@@ -127,6 +131,10 @@ class RolloutCollector:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the rollout's state back; see `Stateful`."""
         self._rollout.load_state_dict(state)
+
+    def comebacks(self) -> tuple[str, ...]:
+        """Say how each environment came back; see `Collector`."""
+        return self._rollout.comebacks
 
 
 class ActorsCollector:
@@ -206,6 +214,10 @@ class ActorsCollector:
         self._actors.load_state_dict(state)
         self.env_steps = self._actors.env_steps
         self._last = self._mark()
+
+    def comebacks(self) -> tuple[str, ...]:
+        """Say that actors begin new episodes; see `Collector`."""
+        return ("restarted",)
 
     def _mark(self) -> tuple[float, np.ndarray, np.ndarray]:
         stats = self._actors.stats()

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rlfeed.envs.resume import told
 from rlfeed.errors import ConfigError, DivergedError, NotEnoughDataError
 from rlfeed.feed import DeviceFeed, make_loader
 from rlfeed.nest import Nest
@@ -248,17 +249,20 @@ class OffPolicyLoop:
                 self.env_steps,
                 {"agent": self.agent.state_dict(), **states},
                 {"replay": self.buffer.save},
-                {"updates": self.updates, "environments": "restarted"},
+                {"updates": self.updates, "environments": states["rollout"]["environments"]},
             )
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: Checkpoint) -> str:
         """Go on from a checkpoint, whose replay the loop's buffer holds already.
 
-        Environments cannot be saved in general: they restart at their next episode, and the replay's open episodes
-        are cut, which keeps all their steps.
+        Environments come back exact or re-enacted where they can, and go on with the open episodes of the replay. The
+        others begin their next episode; their open episodes are cut, which keeps all their steps.
 
         Args:
             checkpoint: The checkpoint.
+
+        Returns:
+            How the environments have come back, in a few words.
 
         Raises:
             CheckpointError: If it is of another agent, seed or number of environments.
@@ -267,7 +271,11 @@ class OffPolicyLoop:
         self._collector.load_state_dict(checkpoint.load("rollout"))
         self.updates = checkpoint.load("loop")["updates"]
         self._collector.publish(self.updates)
-        self.buffer.cut()
+        ways = self._collector.comebacks()
+        restarted = [env_id for env_id, way in enumerate(ways) if way.startswith("restarted")]
+        if restarted:
+            self.buffer.cut(None if len(restarted) == len(ways) else restarted)
+        return told(ways)
 
     def _updates_due(self) -> int:
         return self._rounds.due(self.env_steps) * self.config.updates_per_round
