@@ -218,7 +218,8 @@ class Diary:
             words = flat.view(f"u{width}").astype(np.uint64, copy=False)
             if number == len(self._weights):
                 generator = np.random.Generator(np.random.Philox(key=number))
-                self._weights.append(generator.integers(1 << 63, size=words.shape[1], dtype=np.uint64) << 1 | np.uint64(1))
+                weights = generator.integers(1 << 63, size=words.shape[1], dtype=np.uint64)
+                self._weights.append(weights << np.uint64(1) | np.uint64(1))  # odd: no bit of a word is lost
             total += words @ self._weights[number]
         return total
 
@@ -355,7 +356,7 @@ def _stateful(env: Any) -> Any:
 def _set_elapsed(env: Any, steps: int) -> None:
     while isinstance(env, gymnasium.Wrapper):
         if type(env) is TimeLimit:
-            env._elapsed_steps = steps  # it has no other way to be told  # noqa: SLF001
+            env._elapsed_steps = steps  # it has no other way to be told
         env = env.env
 
 

@@ -214,6 +214,6 @@ def test_resume_episode_longer_than_what_is_kept_is_restarted(tmp_path, monkeypa
     monkeypatch.setattr("rlfeed.envs.serial.Diary", lambda num_envs: Diary(num_envs, longest=6))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        rollout, steps, _ = resumed(lambda: limited(Walk(), 20), 8, tmp_path, num_envs=1)
+        _, steps, _ = resumed(lambda: limited(Walk(), 20), 8, tmp_path, num_envs=1)
     assert "more steps than are kept" in str(caught[0].message)
     assert steps[0][4] == [True]

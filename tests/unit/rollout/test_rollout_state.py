@@ -11,7 +11,6 @@ from rlfeed.errors import CheckpointError
 from rlfeed.rollout import Rollout
 from rlfeed.testing import IdentifiableEnv
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:.*open episodes did not come back:RuntimeWarning")
 
 
