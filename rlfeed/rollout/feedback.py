@@ -83,8 +83,11 @@ class Feedback:
         if check not in CHECKS:
             raise ConfigError(f"Feedback: check is {check!r}; expected one of {CHECKS}.{suggest(str(check), CHECKS)}")
         for name, count in (("max_steps", max_steps), ("check_every", check_every), ("detach_every", detach_every)):
-            if count is not None and count < 1:
-                raise ConfigError(f"Feedback: {name} is {count}; expected at least 1.")
+            if count is not None and (type(count) is bool or not isinstance(count, int | np.integer) or count < 1):
+                raise ConfigError(f"Feedback: {name} is {count!r}; expected an integer of at least 1.")
+        for name, function in (("cell", cell), ("feed", feed), ("stop", stop)):
+            if not callable(function) and (function is not None or name == "cell"):
+                raise ConfigError(f"Feedback: {name} is {function!r}; expected a function.")
         if check_every > 1 and check == "stop":
             raise ConfigError(
                 f"Feedback: check_every is {check_every} with check='stop'; expected 1, since a row that ends before "

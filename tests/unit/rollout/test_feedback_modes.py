@@ -103,6 +103,13 @@ def test_feedback_compact_late_output_of_another_width_is_refused_not_broadcast(
         next(feedback)
 
 
+def test_feedback_gradient_reaches_x0_and_the_first_carry():
+    x0, carry = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    *_, last = Feedback(lambda x, c: (x * c, c), x0, carry, max_steps=4, grad=True)
+    last.sum().backward()
+    assert (x0.grad.tolist(), carry.grad.tolist()) == ([1, 1], [4, 4])
+
+
 def test_feedback_compact_keeps_the_gradient_of_every_row():
     grads = []
     for compact in (False, True):
@@ -211,6 +218,18 @@ def test_feedback_check_every_reads_a_tensor_once_in_so_many_steps(monkeypatch):
     assert len(reads) == 12
 
 
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.complex64, torch.int32, torch.bool])
+def test_feedback_check_is_about_values_not_about_their_sum(dtype, every):
+    large = torch.full((2, 4), 6e4 if dtype is torch.float16 else 3e38 if dtype.is_floating_point else 1).to(dtype)
+    feedback = Feedback(lambda x, c: (x.clone(), c), large, max_steps=3, check_every=every)
+    assert len(list(feedback)) == 3  # their sum is infinite, they are not
+    if dtype.is_floating_point or dtype.is_complex:
+        large[1, 2] = torch.nan
+        with pytest.raises(DivergedError, match="step 0, row 1"):
+            list(feedback)
+
+
 def test_feedback_check_every_leaves_rows_that_stopped_alone():
     def cell(x, carry):
         return torch.where(x > 3, torch.nan, x + 1), carry
@@ -264,6 +283,9 @@ def test_feedback_check_stop_ends_before_an_output_in_which_every_row_is_bad():
     ("arguments", "part"),
     [
         ({"check_every": 0}, "check_every is 0"),
+        ({"max_steps": 2.5}, "max_steps is 2.5; expected an integer"),
+        ({"stop": 3}, "stop is 3; expected a function"),
+        ({"cell": None}, "cell is None; expected a function"),
         ({"check_every": 2, "check": "stop"}, "a row that ends before its first bad output must be known in that step"),
         ({"detach_every": 2}, "Pass grad=True"),
         ({"detach_every": 0, "grad": True}, "detach_every is 0"),
@@ -276,7 +298,7 @@ def test_feedback_check_stop_ends_before_an_output_in_which_every_row_is_bad():
 )
 def test_feedback_wrong_option_is_named(arguments, part):
     with pytest.raises(ConfigError) as error:
-        Feedback(lambda x, c: (x, c), **{"x0": np.ones(2), **arguments})
+        Feedback(**{"cell": lambda x, c: (x, c), "x0": np.ones(2), **arguments})
     assert part in str(error.value)
 
 
