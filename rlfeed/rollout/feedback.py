@@ -13,7 +13,6 @@ from torch import Tensor
 from rlfeed.errors import CheckpointError, ConfigError, DivergedError, FieldError, suggest
 from rlfeed.nest import Nest, Path, describe, leaves, map_nest
 from rlfeed.rollout.cell import (
-    all_finite,
     check_outline,
     check_rows,
     finite_rows,
@@ -22,6 +21,7 @@ from rlfeed.rollout.cell import (
     memory,
     outline,
     pick,
+    surely_finite,
 )
 from rlfeed.rollout.rows import put, reset_rows, to_numpy
 
@@ -319,7 +319,7 @@ class Feedback:
                 if leaf.is_floating_point() or leaf.is_complex():
                     self._pending.append((self.step, path, marks(leaf, rows), self._seen, self.active))
                 continue
-            if all_finite(leaf):
+            if surely_finite(leaf):
                 continue
             bad = ~finite_rows(leaf, rows) & self.active[self._seen]
             if not bad.any():

@@ -56,13 +56,14 @@ def test_feedback_stopped_rows_keep_their_last_output_and_are_marked(make):
     assert feedback.lengths.tolist() == [4, 2, 1]
 
 
-def test_feedback_stopped_rows_keep_their_carry_too():
+def test_feedback_stopped_rows_keep_their_input_and_carry_too():
     def cell(x, carry):
         return x + carry, carry + 1
 
     feedback = Feedback(cell, np.array([0, 5]), np.array([0, 0]), stop=lambda out: out >= 5, max_steps=4)
     assert [out.tolist() for out in feedback] == [[0, 5], [1, 5], [3, 5], [6, 5]]
     assert feedback.state_dict()["carry"].tolist() == [4, 1]
+    assert feedback.state_dict()["x"].tolist() == [6, 5]
 
 
 @pytest.mark.parametrize("make", KINDS)

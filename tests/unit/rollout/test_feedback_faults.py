@@ -149,6 +149,42 @@ def test_feedback_cell_that_writes_in_place_corrupts_nothing(kind, careless, com
 
 
 @KINDS
+@pytest.mark.parametrize("careless", [in_place, OneBuffer, TwoBuffers])
+def test_feedback_cell_that_writes_in_place_while_no_row_stops_corrupts_no_output(kind, careless):
+    x0 = make(kind, [0.0, 5.0])
+    cell = careless if careless is in_place else careless(x0 + 0)
+    outs = list(Feedback(cell, x0, max_steps=9))
+    assert [out.tolist() for out in outs] == [[step, 5 + step] for step in range(1, 10)]
+
+
+@KINDS
+def test_feedback_carry_in_one_array_is_kept_for_rows_that_stopped_and_in_the_state(kind):
+    buffer = make(kind, [0.0, 0.0])
+
+    def cell(x, carry):
+        buffer[:] = carry + 1
+        return x + buffer, buffer
+
+    feedback = Feedback(cell, make(kind, [0.0, 4.0]), buffer + 0, stop=lambda out: out >= 6, max_steps=3)
+    outs = [(out.tolist(), feedback.state_dict()["carry"].tolist()) for out in feedback]
+    assert outs == [([1, 5], [1, 1]), ([3, 7], [2, 2]), ([6, 7], [3, 2])]
+
+
+@KINDS
+def test_feedback_state_is_not_changed_by_a_carry_that_is_written_in_place_later(kind):
+    def cell(x, carry):
+        carry += 1
+        return x + 1, carry
+
+    feedback = Feedback(cell, make(kind, [0.0]), make(kind, [0.0]))
+    for _ in range(5):
+        next(feedback)
+    state = feedback.state_dict()
+    next(feedback)
+    assert state["carry"].tolist() == [5]
+
+
+@KINDS
 def test_feedback_state_is_not_changed_by_a_cell_that_writes_in_place(kind):
     feedback = Feedback(in_place, make(kind, [0.0]), max_steps=9)
     next(feedback)

@@ -219,9 +219,12 @@ def test_feedback_check_every_reads_a_tensor_once_in_so_many_steps(monkeypatch):
 
 
 @pytest.mark.parametrize("every", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.complex64, torch.int32, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.complex64, torch.int32, torch.bool]
+)
 def test_feedback_check_is_about_values_not_about_their_sum(dtype, every):
-    large = torch.full((2, 4), 6e4 if dtype is torch.float16 else 3e38 if dtype.is_floating_point else 1).to(dtype)
+    greatest = {torch.float16: 6e4, torch.bfloat16: 3e38, torch.float32: 3e38}.get(dtype, 1)
+    large = torch.full((2, 4), greatest).to(dtype)
     feedback = Feedback(lambda x, c: (x.clone(), c), large, max_steps=3, check_every=every)
     assert len(list(feedback)) == 3  # their sum is infinite, they are not
     if dtype.is_floating_point or dtype.is_complex:
@@ -230,12 +233,21 @@ def test_feedback_check_is_about_values_not_about_their_sum(dtype, every):
             list(feedback)
 
 
-def test_feedback_check_every_leaves_rows_that_stopped_alone():
+@pytest.mark.parametrize("every", [1, 3])
+def test_feedback_check_leaves_rows_that_stopped_alone(every):
     def cell(x, carry):
         return torch.where(x > 3, torch.nan, x + 1), carry
 
-    feedback = Feedback(cell, torch.tensor([0.0, 2.0]), stop=lambda out: out > 3, check_every=3)
+    feedback = Feedback(cell, torch.tensor([0.0, 2.0]), stop=lambda out: out > 3, check_every=every)
     assert [out.tolist() for out in feedback] == [[1, 3], [2, 4], [3, 4], [4, 4]]
+
+
+def test_feedback_check_every_reads_the_rest_when_the_last_row_ends():
+    feedback = Feedback(
+        lambda x, c: (torch.where(x > 1, torch.inf, x + 1), c), torch.zeros(1), stop=lambda out: out > 3, check_every=99
+    )
+    with pytest.raises(DivergedError, match="step 2, row 0"):
+        list(feedback)
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
