@@ -63,7 +63,9 @@ def test_feedback_stopped_rows_keep_their_input_and_carry_too():
     feedback = Feedback(cell, np.array([0, 5]), np.array([0, 0]), stop=lambda out: out >= 5, max_steps=4)
     assert [out.tolist() for out in feedback] == [[0, 5], [1, 5], [3, 5], [6, 5]]
     assert feedback.state_dict()["carry"].tolist() == [4, 1]
-    assert feedback.state_dict()["x"].tolist() == [6, 5]
+    feedback = Feedback(cell, np.array([0, 5]), np.array([0, 0]), feed=lambda out, x: x + 1, stop=lambda out: out >= 5)
+    assert [out.tolist() for out in feedback] == [[0, 5], [2, 5], [4, 5], [6, 5]]
+    assert feedback.state_dict()["x"].tolist() == [4, 6]
 
 
 @pytest.mark.parametrize("make", KINDS)
