@@ -102,22 +102,22 @@ class NormalizedEnvs:
         ids = self._ids if outcome.env_ids is None else outcome.env_ids
         ready, successor = outcome.ready, outcome.next_observation
         self._ids = ready.env_ids
-        went_on = ~(outcome.terminated | outcome.truncated)
-        for broken in (outcome.lost, outcome.cut):
-            went_on = went_on if broken is None else went_on & ~broken
         whole = None if outcome.lost is None else ~outcome.lost
-        same = ready.observation is successor
+        same = ready.observation is successor  # where no episode ended
+        over = np.zeros(len(ids), bool) if same else _over(outcome)
         self._count(successor, whole)
         if not same:
             # What is ready and follows on nothing is the first observation of an episode: nobody has counted it yet.
-            self._count(ready.observation, ~np.isin(ready.env_ids, ids[went_on]))
+            begins = np.ones(self.num_envs, bool)
+            begins[ids[~over]] = False
+            self._count(ready.observation, begins[ready.env_ids])
         shown = self._normalised(successor)
         following = replace(ready, observation=shown if same else self._normalised(ready.observation))
         changes: dict[str, Any] = {"next_observation": shown, "ready": following}
         if self.reward_moments is not None:
             changes["reward"] = self._scaled_reward(self.reward_moments, outcome.reward, ids, whole)
             changes["raw_reward"] = outcome.reward
-            self._returns[ids[~went_on]] = 0.0
+            self._returns[ids[over]] = 0.0
         return replace(outcome, **changes)
 
     def close(self) -> None:
@@ -243,6 +243,13 @@ class NormalizedEnvs:
         if self.reward_moments is not None:
             saved, mine = [*saved, state["reward"]], [*mine, self.reward_moments]
         return list(zip(mine, saved, strict=True))
+
+
+def _over(outcome: Outcome) -> ndarray:
+    over = outcome.terminated | outcome.truncated
+    for broken in (outcome.lost, outcome.cut):
+        over = over if broken is None else over | broken
+    return over
 
 
 def _check(gamma: float, clip: float, epsilon: float) -> None:

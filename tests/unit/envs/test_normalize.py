@@ -247,10 +247,11 @@ def test_normalized_first_ready_rows_are_counted_by_their_ids():
 
     envs = NormalizedEnvs(Scripted(), reward=True)
     envs.reset(0, [0, 0, 0])
+    envs._returns[0] = 5.0  # of row 0, which is still under way
     envs.step(np.zeros(1, np.int64))
     moments = envs.observation_moments[()]
     assert (moments.count, moments.mean.tolist()) == (4, [27 / 4])
-    np.testing.assert_array_equal(envs.state_dict()["returns"], [0, 0, 2])
+    np.testing.assert_array_equal(envs.state_dict()["returns"], [5, 0, 2])
 
 
 def test_evaluation_uses_the_training_statistics_and_counts_nothing():
