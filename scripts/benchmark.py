@@ -5,10 +5,13 @@
     python scripts/benchmark.py uniform insert     some of it
     python scripts/benchmark.py feed               batches brought to the learner's process, beside torch's own
     python scripts/benchmark.py feed-vectors       some of it
+    python scripts/benchmark.py rollout            environments stepped by a policy, beside other libraries' loops
+    python scripts/benchmark.py rollout-step       some of it
 
-All contestants work in one process, on one thread, in alternating rounds; those of the feed have workers of their own.
-Times are medians of rounds, in microseconds of the processor ("feed": of the wall clock) a call. The machine's speed
-drifts, so ratios are taken round by round: 2.00 under "best peer is" means that the best peer takes twice as long.
+All contestants work in one process, on one thread, in alternating rounds; those of the feed and of rollouts have
+workers of their own. Times are medians of rounds, in microseconds of the processor (of the wall clock where a table
+says so: "feed" and most of "rollout") a call, in rollouts an env step. The machine's speed drifts, so ratios are taken
+round by round: 2.00 under "best peer is" means that the best peer takes twice as long.
 """
 
 import argparse
@@ -25,6 +28,7 @@ from contest import Case, Contest, ratio
 from contestants import Bare, Contestant, Draw, NotServedError, Rlfeed, transitions
 from feed_benchmark import FeedBenchmark
 from peers import PEERS
+from rollout_benchmark import RolloutBenchmark
 from workloads import (
     WrongSampleError,
     check_padded,
@@ -199,6 +203,7 @@ class ReplayBenchmark:
 
 REPLAY = ("uniform", "prioritized", "pixels", "episodes", "windows", "insert", "growth")
 FEED = ("transport", "vectors", "plain", "pixels", "episodes", "padded", "life")
+ROLLOUT = ("blocks", "store", "step", "heavy", "parts", "life")
 
 
 def tensors_of(batch: Batch) -> list[object]:
@@ -239,17 +244,18 @@ def main(args: Iterable[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ("replay", *REPLAY, "feed", *(f"feed-{name}" for name in FEED))
-    parser.add_argument("what", nargs="*", metavar="what", help=f"{', '.join(names)}; default: replay feed")
+    names += ("rollout", *(f"rollout-{name}" for name in ROLLOUT))
+    parser.add_argument("what", nargs="*", metavar="what", help=f"{', '.join(names)}; default: replay feed rollout")
     parser.add_argument("--rows", type=int, default=ROWS, help="steps held where rows are small")
     parser.add_argument("--rounds", type=int, default=15, help="alternating rounds")
     parser.add_argument("--json", type=Path, help="file for the raw rounds")
     flags = parser.parse_args(None if args is None else list(args))
     if unknown := sorted(set(flags.what) - set(names)):
         parser.error(f"{', '.join(unknown)}: no such benchmark; expected some of {', '.join(names)}")
-    wanted = set(flags.what or ("replay", "feed"))
+    wanted = set(flags.what or ("replay", "feed", "rollout"))
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="This DataLoader will create", module=r"torch\b")  # workers that wait
-    warnings.filterwarnings("ignore", module=r"(torchrl|tensordict|tianshou|cpprb|stable_baselines3)\b")
+    warnings.filterwarnings("ignore", module=r"(torchrl|tensordict|tianshou|cpprb|stable_baselines3|gymnasium)\b")
     contest = Contest(flags.rounds)
     if chosen := [name for name in REPLAY if {"replay", name} & wanted]:
         benchmark = ReplayBenchmark(contest, flags.rows)
@@ -259,6 +265,10 @@ def main(args: Iterable[str] | None = None) -> None:
         feed = FeedBenchmark(contest, flags.rows)
         for name in chosen:
             getattr(feed, name)()
+    if chosen := [name for name in ROLLOUT if {"rollout", f"rollout-{name}"} & wanted]:
+        rollout = RolloutBenchmark(contest, flags.rows)
+        for name in chosen:
+            getattr(rollout, name)()
     if flags.json is not None:
         contest.save(flags.json)
 

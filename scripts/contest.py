@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +15,20 @@ from typing import Any
 
 ROUND_S = 0.02
 MOST_CALLS = 2000
-PACKAGES = ("rlfeed", "torch", "numpy", "numba", "cpprb", "tianshou", "stable-baselines3", "torchrl", "tensordict")
+PACKAGES = (
+    "rlfeed",
+    "torch",
+    "numpy",
+    "numba",
+    "gymnasium",
+    "cpprb",
+    "tianshou",
+    "stable-baselines3",
+    "torchrl",
+    "tensordict",
+    "mujoco",
+    "envpool",
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,21 @@ class Case:
         return spent / calls / self.per * 1e6
 
 
+def family_time() -> float:
+    """Add up what this process and all that it started, and they, have taken of the processor.
+
+    Returns:
+        Seconds, of those that live.
+    """
+    total_s, family = 0.0, [os.getpid()]
+    for pid in family:
+        with suppress(OSError):  # it has just ended
+            total_s += time.clock_gettime(~pid << 3 | 2)  # the processor clock of another process, as POSIX numbers it
+            for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+                family += [int(child) for child in listed.read_text().split()]
+    return total_s
+
+
 def ratio(times: list[float], others: list[float]) -> float:
     """Compare two cases round by round, so that a machine whose speed drifts tells the same.
 
@@ -95,7 +124,8 @@ class Contest:
         notes: dict[str, str] | None = None,
         *,
         round_s: float = ROUND_S,
-        cpu: bool = False,
+        cpu: Callable[[], float] | None = None,
+        rate: bool = False,
     ) -> dict[str, list[float]]:
         """Time cases in alternating rounds and print a table, in Markdown.
 
@@ -104,14 +134,16 @@ class Contest:
             cases: By name; the first is what the others are compared with.
             notes: What to say about a case, or about who takes no part.
             round_s: Seconds of one case in a round.
-            cpu: Also tell what this process, with all its threads and without its children, takes of the processor.
+            cpu: Seconds of the processor, to tell them as well: `time.process_time` has this process with all its
+                threads and without its children, `family_time` has those too.
+            rate: Also tell how many pieces of work that is in a second.
 
         Returns:
             Microseconds by case and round.
         """
         calls = {name: self._calls(case, round_s) for name, case in cases.items()}
         times: dict[str, list[float]] = {name: [] for name in cases}
-        spent: dict[str, list[float]] = {name: [] for name in cases if cpu}
+        spent: dict[str, list[float]] = {name: [] for name in cases if cpu is not None}
         gc.collect()
         gc.disable()  # a collection in one case is not that case's work
         try:
@@ -120,17 +152,17 @@ class Contest:
                     case = cases[name]
                     if case.settle is not None:
                         case.settle()
-                    begin = time.process_time()
+                    begin_s = cpu() if cpu is not None else 0.0
                     times[name].append(case.time_us(calls[name]))
-                    if cpu:
-                        spent[name].append((time.process_time() - begin) / calls[name] / case.per * 1e6)
+                    if cpu is not None:
+                        spent[name].append((cpu() - begin_s) / calls[name] / case.per * 1e6)
         finally:
             gc.enable()
         notes = notes or {}
         peers = [name for name, case in cases.items() if case.peer]
         best = min(peers, key=lambda name: ratio(times[name], times[next(iter(times))]), default=None)
         self.tables.append({"title": title, "us": times, "cpu_us": spent, "best_peer": best, "notes": notes})
-        self._print(title, times, spent, best, notes)
+        self._print(title, times, spent, best, notes, rate)
         return times
 
     def _calls(self, case: Case, round_s: float) -> int:
@@ -144,14 +176,17 @@ class Contest:
         spent: dict[str, list[float]],
         best: str | None,
         notes: dict[str, str],
+        rate: bool,
     ) -> None:
-        first, more = next(iter(times)), "   cpu us | " if spent else ""
+        first, more = next(iter(times)), " a second | " * rate + "   cpu us | " * bool(spent)
         print(f"\n{title}\n")
         print(f"| {'':42} | median us |      min | {more}of first | best peer is | |")
-        print(f"|---|---:|---:|{'---:|' if spent else ''}---:|---:|---|")
+        print(f"|---|---:|---:|{'---:|' * more.count('|')}---:|---:|---|")
         for name, values in times.items():
-            cpu = f"{statistics.median(spent[name]):9.1f} | " if spent else ""
-            figures = f"{statistics.median(values):9.1f} | {min(values):8.1f} | {cpu}{ratio(values, times[first]):8.2f}"
+            extra = f"{1e6 / statistics.median(values):9,.0f} | " if rate else ""
+            extra += f"{statistics.median(spent[name]):9.1f} | " if spent else ""
+            figures = f"{statistics.median(values):9.1f} | {min(values):8.1f} | {extra}"
+            figures += f"{ratio(values, times[first]):8.2f}"
             compared = f"{ratio(times[best], values):.2f}" if best else ""
             print(f"| {name:42} | {figures} | {compared:>12} | {notes.get(name, '')} |")
         absent = [f"{name} ({note})" for name, note in notes.items() if name not in times]

@@ -16,6 +16,9 @@ import feed_benchmark  # noqa: E402
 import feed_contestants  # noqa: E402
 import feed_life  # noqa: E402
 import peers  # noqa: E402
+import rollout_contestants  # noqa: E402
+import rollout_life  # noqa: E402
+import rollout_peers  # noqa: E402
 import train as train_script  # noqa: E402
 import workloads  # noqa: E402
 
@@ -31,6 +34,9 @@ __all__ = [
     "feed_contestants",
     "feed_life",
     "peers",
+    "rollout_contestants",
+    "rollout_life",
+    "rollout_peers",
     "train_script",
     "workloads",
 ]
