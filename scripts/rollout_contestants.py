@@ -125,8 +125,8 @@ def network(inputs: int, outputs: int) -> nn.Sequential:
     Returns:
         The network.
     """
-    hidden = nn.Linear(inputs, UNITS), nn.Tanh(), nn.Linear(UNITS, UNITS), nn.Tanh()
-    return nn.Sequential(*hidden, nn.Linear(UNITS, outputs))
+    body = nn.Linear(inputs, UNITS), nn.Tanh(), nn.Linear(UNITS, UNITS), nn.Tanh()
+    return nn.Sequential(*body, nn.Linear(UNITS, outputs))
 
 
 @cache

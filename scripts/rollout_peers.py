@@ -36,7 +36,7 @@ def require_discrete(env_id: str) -> int:
 
 
 class CleanRL(RolloutContestant):
-    """Of CleanRL, which is no package but single files: the loop of its ``ppo.py``, line by line."""
+    """Of CleanRL, which is no package but single files: the loop of its ``ppo.py``, call by call."""
 
     name = "CleanRL's loop"
 
@@ -48,13 +48,13 @@ class CleanRL(RolloutContestant):
         envs = self._keep(SyncVectorEnv([lambda: recorded(gymnasium.make(load.env_id))] * load.num_envs))
         obs = torch.zeros((load.length, load.num_envs, *envs.single_observation_space.shape))
         actions = torch.zeros((load.length, load.num_envs, *envs.single_action_space.shape))
-        logprobs, rewards, dones, values = (torch.zeros((load.length, load.num_envs)) for _ in range(4))
-        next_obs, next_done = torch.Tensor(envs.reset(seed=1)[0]), torch.zeros(load.num_envs)
+        logprobs, rewards, over, values = (torch.zeros((load.length, load.num_envs)) for _ in range(4))
+        next_obs, next_over = torch.Tensor(envs.reset(seed=1)[0]), torch.zeros(load.num_envs)
 
         def run() -> None:
-            nonlocal next_obs, next_done
+            nonlocal next_obs, next_over
             for step in range(load.length):
-                obs[step], dones[step] = next_obs, next_done
+                obs[step], over[step] = next_obs, next_over
                 with torch.no_grad():
                     action, logprob, _, value = agent.get_action_and_value(next_obs)
                     values[step] = value.flatten()
@@ -62,7 +62,7 @@ class CleanRL(RolloutContestant):
                 observation, reward, terminations, truncations, _ = envs.step(action.cpu().numpy())
                 ended = np.logical_or(terminations, truncations)
                 rewards[step] = torch.tensor(reward).view(-1)
-                next_obs, next_done = torch.Tensor(observation), torch.Tensor(ended)
+                next_obs, next_over = torch.Tensor(observation), torch.Tensor(ended)
 
         return run
 
