@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from rlfeed.envs.faults import OnFault
+from rlfeed.envs.make import EnvsMode
 from rlfeed.errors import ConfigError, UnsupportedError, suggest
 from rlfeed.train.loop import Agent, LoopConfig
 
@@ -53,6 +55,12 @@ class EnvConfig:
         normalize_observation: Whether observations of floats get mean 0 and variance 1; the statistics are saved.
         normalize_reward: Whether rewards are divided by the deviation of the discounted return; evaluations and curves
             show rewards as they were.
+        mode: Where environments are stepped: serial (this process), pool (worker processes), auto (decides between
+            these by a short measurement), or sync, async and vector (Gymnasium's). The episodes are the same.
+        layout: Of a pool: auto, a number of processes, or PROCESSESxENVIRONMENTS such as 2x8.
+        on_fault: When an environment raises, hangs, breaks its contract or dies: raise ends the run, restart loses the
+            step and begins a new episode; by default restart in a pool and raise elsewhere.
+        step_timeout_s: Of pool and async: seconds that one call of an environment may take.
     """
 
     id: str = "CartPole-v1"
@@ -61,6 +69,10 @@ class EnvConfig:
     wrappers: tuple[str, ...] = ()
     normalize_observation: bool = False
     normalize_reward: bool = False
+    mode: EnvsMode = "auto"
+    layout: str = "auto"
+    on_fault: OnFault | None = None
+    step_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
         if self.num_envs < 1:

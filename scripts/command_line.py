@@ -154,17 +154,28 @@ def join_env_wrappers(args: Sequence[str]) -> list[str]:
     return [*rest, WRAPPERS_FLAG, *wrappers] if wrappers else rest
 
 
-def build_envs(config: EnvConfig, num_envs: int) -> Envs:
+def build_envs(config: EnvConfig, num_envs: int, *, first_env_id: int = 0) -> Envs:
     """Make the environments of a run, wrapped and normalised as its settings say.
 
     Args:
         config: The settings.
         num_envs: How many.
+        first_env_id: The number of the first one.
 
     Returns:
         The environments.
     """
-    envs = make_envs(config.id, num_envs, kwargs=config.kwargs, wrappers=config.wrappers)
+    envs = make_envs(
+        config.id,
+        num_envs,
+        kwargs=config.kwargs,
+        wrappers=config.wrappers,
+        mode=config.mode,
+        layout=config.layout if num_envs == config.num_envs else "auto",  # evaluations have fewer
+        on_fault=config.on_fault,
+        step_timeout_s=config.step_timeout_s,
+        first_env_id=first_env_id,
+    )
     if not (config.normalize_observation or config.normalize_reward):
         return envs
     return NormalizedEnvs(envs, observation=config.normalize_observation, reward=config.normalize_reward)

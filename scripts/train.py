@@ -26,7 +26,7 @@ from command_line import (
 from torch import nn
 
 from agents.config import EnvConfig, TrainConfig, differences, to_dict
-from rlfeed.envs import Envs, NormalizedEnvs, make_envs
+from rlfeed.envs import Envs, NormalizedEnvs
 from rlfeed.envs.wrappers import absolute_wrapper
 from rlfeed.errors import ConfigError, RunDirectoryError
 from rlfeed.feed.device import choose_device
@@ -53,6 +53,10 @@ RESUMABLE = (
     "log_every",
     "num_workers",
     "device",
+    "env.mode",
+    "env.layout",
+    "env.on_fault",
+    "env.step_timeout_s",
 )
 
 
@@ -141,8 +145,10 @@ def _check_changes(run: Path, saved: TrainConfig, config: TrainConfig) -> None:
 
 def _build(config: TrainConfig) -> Parts:
     device, why = choose_device(config.device)
-    # The environments of actors are made by them.
-    envs = build_envs(config.env, 1 if config.actors else config.env.num_envs)
+    if config.actors:  # their environments are made in their processes; here one shows the spaces
+        envs = build_envs(replace(config.env, mode="serial", layout="auto"), 1)
+    else:
+        envs = build_envs(config.env, config.env.num_envs)
     evaluation_envs = build_envs(config.env, min(config.eval_episodes, EVALUATION_ENVS))
     if isinstance(envs, NormalizedEnvs) and isinstance(evaluation_envs, NormalizedEnvs):
         evaluation_envs = envs.evaluation(evaluation_envs.envs)
@@ -206,6 +212,7 @@ def _train(
     torch.set_num_threads(1)  # small networks: threads cost more than they bring, and results stay the same anywhere
     at = 0 if checkpoint is None else checkpoint.env_steps
     print(f"run: {run.path}, device: {parts.device} ({parts.why})", flush=True)
+    print(f"environments: {_described(config, parts.envs)}", flush=True)
     with run, Interrupts() as interrupts:
         curves = TensorBoardLogger(run.path, purge_step=None if checkpoint is None else at + 1)
         console = ConsoleLogger(config.total_steps, at)
@@ -265,16 +272,17 @@ def _source(config: TrainConfig, parts: Parts, buffer: ReplayBuffer) -> Rollout 
     )
 
 
+def _described(config: TrainConfig, envs: Envs) -> str:
+    if config.actors:
+        return f"{config.env.num_envs} in each of {config.actors} actor processes"
+    return f"{envs.num_envs} in {getattr(envs, 'choice', '') or f'mode {config.env.mode}'}"
+
+
 def _actor_envs(config: EnvConfig, first_env_id: int) -> Envs:
-    return make_envs(
-        config.id,
-        config.num_envs,
-        kwargs=config.kwargs,
-        wrappers=config.wrappers,
-        mode="serial",
-        on_fault="restart",
-        first_env_id=first_env_id,
-    )
+    # An actor is a process of its own already: a pool in it is for those who ask for one.
+    mode = "serial" if config.mode == "auto" and config.layout == "auto" else config.mode
+    on_fault = config.on_fault or "restart"
+    return build_envs(replace(config, mode=mode, on_fault=on_fault), config.num_envs, first_env_id=first_env_id)
 
 
 def _actor_policy(

@@ -83,17 +83,20 @@ class Crew:
                         "output says more."
                     )
 
-    def tell(self, worker: int, command: bytes) -> None:
+    def tell(self, worker: int, command: bytes, more: bytes = b"") -> None:
         """Tell a worker to do something.
 
         Args:
             worker: Which.
             command: What.
+            more: What it must know for that.
         """
         self._sent_s[worker] = time.monotonic()
         self.flying.add(worker)
         with suppress(OSError):  # it is dead: whoever waits for its answer will see
             os.write(self._pipes[worker][0].fileno(), command)
+            if more:
+                self._pipes[worker][0].send_bytes(more)
 
     def wait(self, enough: int, only: Iterable[int] | None = None) -> list[int]:
         """Wait until workers have answered, have died, or had to be ended.

@@ -80,15 +80,15 @@ def suggest_layout(step_s: float, num_envs: int, cores: int | None = None) -> Ch
         fullest = -(-num_envs // workers)
         return fullest * (step_s + _ROW_S) + workers * _SIGNAL_S + _COLLECT_S + num_envs * _COPY_S
 
-    text = f"a step takes {1e6 * step_s:.0f} us and there are {num_envs} environments and {cores} processors: "
+    text = f"a step takes {1e6 * step_s:.0f} us ({num_envs} environments, {cores} processors), "
     counts = range(2, min(cores, num_envs) + 1)
     workers = min(counts, key=pooled_s, default=0)
     if not workers:
-        return Choice(0, text + "this process, there is nothing to share out")
+        return Choice(0, f"this process: {text}and there is nothing to share out")
     gain = alone_s / pooled_s(workers)
     if gain < _WORTH or alone_s < _WORTH_S:
-        return Choice(0, text + f"this process, {workers} workers would be {gain:.1f} times as fast")
-    return Choice(workers, text + f"{workers} workers, about {gain:.1f} times as fast as this process")
+        return Choice(0, f"this process: {text}{workers} worker processes would be {gain:.1f} times as fast")
+    return Choice(workers, f"{workers} worker processes: {text}about {gain:.1f} times as fast as one")
 
 
 def choose_layout(make: EnvSource, num_envs: int, layout: Layout, *, mode: str) -> Choice:
@@ -110,26 +110,28 @@ def choose_layout(make: EnvSource, num_envs: int, layout: Layout, *, mode: str) 
         return Choice(0, "this process, as asked for")
     if layout != "auto":
         workers = _workers_of(layout, num_envs)
-        return Choice(workers, f"{workers} workers, as asked for")
+        return Choice(workers, f"{workers} worker processes, as asked for")
     cores = processors()
     if multiprocessing.current_process().daemon:
         return Choice(0, "this process: one that is a worker itself may not start others")
     if mode == "pool":  # nobody steps an environment in this process that a pool was asked for
-        return Choice(min(num_envs, cores), f"one worker for each of {cores} processors, at most one an environment")
+        workers = min(num_envs, cores)
+        return Choice(workers, f"{workers} worker processes: there are {cores} processors")
     if min(num_envs, cores) < 2:
-        return Choice(0, f"this process, there is one {'environment' if num_envs < 2 else 'processor'}")
+        return Choice(0, f"this process: there is one {'environment' if num_envs < 2 else 'processor'}")
     if not isinstance(make.target, str | type):  # one environment more might be one too many
         return Choice(0, "this process: a function that makes environments may count its calls, so none is measured")
     env = make()
     try:
         step_s = measure_step(env, _WORTH_S / 3 / num_envs)
     except Exception as error:  # whoever plays it will name it
-        return Choice(0, f"this process, its measurement raised {type(error).__name__}: {error}")
+        return Choice(0, f"this process: its measurement raised {type(error).__name__}: {error}")
     finally:
         env.close()
     choice = suggest_layout(step_s, num_envs, cores)
     if choice.workers and not has_guard():
-        return Choice(0, choice.why + ", but the script has no `if __name__ == '__main__':`, which processes need")
+        need = "the script has no `if __name__ == '__main__':`, which processes need"
+        return Choice(0, f"this process: {need} (else {choice.why})")
     return choice
 
 

@@ -145,15 +145,15 @@ class PoolEnvs:
         crew.reports.clear()
         for worker in sorted(crew.gone):
             self._replace(worker)
-        self._seed, slab.calls[:, 3] = seed, seed
+        self._seed = seed
         slab.episodes[:] = [int(n) for n in first_episodes]
         self._lengths[:] = 0
         for worker in range(len(self._rows)):
-            crew.tell(worker, START)
+            crew.tell(worker, START, str(seed).encode())
         crew.wait(self.num_envs)
         for worker in range(len(self._rows)):
             self._settle(worker)
-        self._masked = bool(slab.calls[:, 4].any())
+        self._masked = bool(slab.calls[:, 3].any())
         return self._show(self._all)
 
     def step(self, action: Nest) -> Outcome:
@@ -290,8 +290,7 @@ class PoolEnvs:
         self._crew.reports.pop(worker, None)
         slab.calls[worker] = 0
         self._start([worker])
-        slab.calls[worker, 3] = self._seed
-        self._crew.tell(worker, START)
+        self._crew.tell(worker, START, str(self._seed).encode())
         self._crew.wait(self.num_envs, [worker])
 
     def _start(self, workers: Sequence[int]) -> None:

@@ -119,7 +119,7 @@ class _Worker:
 
     def serve(self, commands: Connection) -> None:
         """Do what the parent says."""
-        acts = {STEP: self._step, START: self._start, BEGIN: self._begin}
+        acts = {STEP: self._step, START: lambda: self._start(int(commands.recv_bytes())), BEGIN: self._begin}
         source, sink = commands.fileno(), self._answers.fileno()
         while (command := os.read(source, 1)) not in (CLOSE, b""):
             report = acts[command]()
@@ -141,10 +141,9 @@ class _Worker:
         self._reward[row], self._terminated[row], self._truncated[row] = reward, terminated, truncated
         self._stage[row] = STEPPED
 
-    def _start(self) -> Report:
-        seed = int(self._call[3])
+    def _start(self, seed: int) -> Report:
         faults = self._group.start(seed, self._episodes.tolist(), self._observation, self._mask)
-        self._call[4] = self._group.masked
+        self._call[3] = self._group.masked
         return _report(faults)
 
     def _step(self) -> Report:
