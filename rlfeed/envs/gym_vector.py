@@ -16,6 +16,8 @@ from rlfeed.envs.seeds import EPISODES_OPTION, episode_seed, failed
 from rlfeed.errors import ConfigError, EnvContractError, RlfeedError, UnsupportedError
 from rlfeed.nest import Nest, describe, leaves, map_nest
 
+_STEP = ("observations", "rewards", "terminated", "truncated", "infos")
+
 
 class VectorEnvs:
     """Speak the contract for a ``gymnasium.vector.VectorEnv`` in any of its three autoreset modes.
@@ -88,14 +90,14 @@ class VectorEnvs:
         self._seed, self._episodes = seed, np.array(first_episodes, np.int64)
         if self._numbered:
             options = {EPISODES_OPTION: (seed, self._episodes.tolist())}
-            observation, infos = self._call("reset()", self._envs.reset, options=options)
+            observation, infos = self._reset(options=options)
         else:
-            observation, infos = self._call("reset()", self._envs.reset, seed=self._seeds(self._all))
+            observation, infos = self._reset(seed=self._seeds(self._all))
         # Gymnasium's workers without shared memory forget at a reset that they were to reset at their next step.
         resets_twice = isinstance(self._base, AsyncVectorEnv) and not self._base.shared_memory
         self._resetting &= resets_twice and self._mode is AutoresetMode.NEXT_STEP
-        self._masked = "action_mask" in self._infos(infos)
-        return self._ready(self._own(observation), infos)
+        self._masked = "action_mask" in infos
+        return self._ready(observation, infos)
 
     def step(self, action: Nest) -> Outcome:
         """Take one step in the environments that are ready.
@@ -143,15 +145,22 @@ class VectorEnvs:
                 raise
             raise failed(self.name, call, error) from error
 
+    def _reset(self, **kwargs: Any) -> tuple[Nest, dict[str, Any]]:
+        observation, infos = self._parts("reset()", ("observations", "infos"), self._envs.reset, **kwargs)
+        return self._own(observation), self._infos(infos)
+
     def _step(self, action: Nest) -> tuple[Nest, Any, Any, Any, dict[str, Any]]:
-        result = self._call("step()", self._envs.step, action)
-        if not isinstance(result, tuple) or len(result) != 5:
+        observation, *arrays, infos = self._parts("step()", _STEP, self._envs.step, action)
+        return self._own(observation), *arrays, self._infos(infos)
+
+    def _parts(self, call: str, names: tuple[str, ...], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = self._call(call, function, *args, **kwargs)
+        if not isinstance(result, tuple) or len(result) != len(names):
             got = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__}"
             raise EnvContractError(
-                f"{self.name}: step() returned {got}; expected the five values (observations, rewards, terminated, "
-                "truncated, infos). Return all five."
+                f"{self.name}: {call} returned {got}; expected {len(names)}: {', '.join(names)}. Return all of them."
             )
-        return self._own(result[0]), *result[1:4], self._infos(result[4])
+        return result
 
     def _ready(self, observation: Nest, infos: dict[str, Any]) -> Ready:
         if self._resetting.all():  # nobody can act: let Gymnasium reset them all now
@@ -201,7 +210,7 @@ class VectorEnvs:
         return None if np.isnan(success).all() else success
 
     def _with_finals(self, observation: Nest, infos: dict[str, Any], ended: Bool[ndarray, " N"]) -> Nest:
-        finals = infos.get("final_obs")
+        finals = infos.get("final_obs", infos.get("final_observation"))  # the name before Gymnasium 1.0
         if finals is None:
             raise EnvContractError(
                 f'{self.name}: info has no "final_obs" although an episode ended; expected it in autoreset mode '
@@ -221,8 +230,7 @@ class VectorEnvs:
         self._episodes[rows] += 1
         options = {"reset_mask": ended.copy()}
         seeds = None if self._numbered else self._seeds(rows)
-        firsts, first_infos = self._call("reset()", self._envs.reset, seed=seeds, options=options)
-        firsts, first_infos = self._own(firsts), self._infos(first_infos)
+        firsts, first_infos = self._reset(seed=seeds, options=options)
         if self._masked:
             nothing = [None] * self.num_envs
             told, begun = infos.get("action_mask", nothing), first_infos.get("action_mask", nothing)

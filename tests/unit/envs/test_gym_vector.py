@@ -15,6 +15,7 @@ from support.known_streams import act, expected_stream, read_streams
 
 from rlfeed.envs import SerialEnvs, VectorEnvs, as_envs, episode_seed, gym_async
 from rlfeed.errors import ConfigError, EnvContractError, EnvFailedError, EnvMakeError, UnsupportedError
+from rlfeed.nest import leaves
 from rlfeed.rollout import Rollout
 from rlfeed.testing import IdentifiableEnv
 
@@ -96,7 +97,7 @@ def test_vector_envs_observation_wrappers_reach_the_final_observation(mode):
 
 
 class Forms(VectorWrapper):
-    """Gives final observations in another form than Gymnasium's own: batched as observations are, or as a list."""
+    """Gives final observations otherwise than Gymnasium: batched as observations are, as a list, by the old name."""
 
     def __init__(self, env, form):
         super().__init__(env)
@@ -113,11 +114,11 @@ class Forms(VectorWrapper):
                         target[row] = part
                     for key in final if isinstance(final, dict) else ():
                         rows[key][row] = final[key]
-            infos = {**infos, "final_obs": rows}
+            infos = {"final_observation" if self.form == "old" else "final_obs": rows}
         return *rest, infos
 
 
-@pytest.mark.parametrize("form", ["batched", "list"])
+@pytest.mark.parametrize("form", ["batched", "list", "old"])
 @pytest.mark.parametrize("observation", ["box", "dict"])
 def test_vector_envs_final_observations_in_any_form_are_taken(form, observation):
     """rollout 3A.1"""
@@ -259,7 +260,7 @@ def test_vector_envs_restarted_after_an_end_take_no_step_that_is_a_reset(shared_
         (lambda o, r, te, tr, i: (o, ["a", "b"], te, tr, i), "expected numbers"),
         (lambda o, r, te, tr, i: (o[:1], r, te, tr, i), "observation has 1 rows; expected 2"),
         (lambda o, r, te, tr, i: (o, r, te, tr, [{}, {}]), "infos are a list; expected a dict"),
-        (lambda o, r, te, tr, i: (o, r, te, i), "returned 4 values; expected the five"),
+        (lambda o, r, te, tr, i: (o, r, te, i), r"step\(\) returned 4 values; expected 5: observations, rewards, ter"),
         (lambda o, r, te, tr, i: 1 / 0, r"Changed: step\(\) raised ZeroDivisionError"),
     ],
 )
@@ -272,6 +273,55 @@ def test_vector_envs_what_breaks_the_contract_is_named(change, part):
     vector.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
     with pytest.raises((EnvContractError, EnvFailedError), match=part):
         next(Rollout(vector, lambda o: np.zeros(len(o), np.int64)))
+
+
+def test_vector_envs_reset_of_the_old_gym_is_explained():
+    class Old(Vector):
+        def reset(self, *, seed=None, options=None):
+            return super().reset()[0]
+
+    vector = Old()
+    vector.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+    with pytest.raises(EnvContractError, match=r"reset\(\) returned a ndarray; expected 2: observations, infos"):
+        next(Rollout(vector, lambda o: np.zeros(len(o), np.int64)))
+
+
+class Parts(gymnasium.Env):
+    """Observations and actions of several parts: the observation repeats the action."""
+
+    def __init__(self, kind):
+        parts = {"a": spaces.Discrete(3, start=2), "b": spaces.Box(-1, 1, (2,), np.float32)}
+        self.kind = kind
+        space = spaces.Dict(parts) if kind is dict else spaces.Tuple(list(parts.values()))
+        self.observation_space = self.action_space = spaces.Dict(inner=space) if kind is dict else space
+        self.t = 0
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        parts = (np.int64(2), np.zeros(2, np.float32))
+        return ({"inner": dict(zip("ab", parts, strict=True))} if self.kind is dict else parts), {}
+
+    def step(self, action):
+        self.t += 1
+        return action, 0.0, False, self.t == 2, {}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", [dict, tuple])
+@pytest.mark.parametrize("worker", [False, True])
+def test_vector_envs_observations_and_actions_of_several_parts_stay_together(mode, kind, worker):
+    """rollout 3A.21"""
+    build = [lambda: Parts(kind) for _ in range(2)]
+    vector = AsyncVectorEnv(build, context="fork", autoreset_mode=mode) if worker else SyncVectorEnv(
+        build, autoreset_mode=mode
+    )
+    rollout = Rollout(vector, lambda o: o, mode="random")
+    for _ in range(7):
+        step = next(rollout)
+        for (_, action), (_, seen) in zip(leaves(step.action), leaves(step.next_observation), strict=True):
+            np.testing.assert_array_equal(action, seen)
+    assert {record.length for record in rollout.statistics.window} == {2}
+    rollout.close()
 
 
 class Breaks(IdentifiableEnv):
