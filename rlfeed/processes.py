@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,23 @@ def allow_interrupts() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
+def lead_group() -> None:
+    """Have a group of this process and of those it will start: no Ctrl-C or Ctrl-Z, and `end_group` ends them all."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+
+
+def end_group(leader: int) -> None:
+    """End what a process has left behind that leads a group, and that process.
+
+    Args:
+        leader: Its number.
+    """
+    if hasattr(os, "killpg"):
+        with suppress(OSError):  # nobody is left
+            os.killpg(leader, signal.SIGKILL)
+
+
 class Lifeline:
     """End processes with this one, however it ends, and whatever they do then: also without the GIL.
 
@@ -148,14 +165,14 @@ class Lifeline:
         self._owner, self._reading, self._writing = state["owner"], state["reading"].detach(), -1
 
     def tie(self) -> None:
-        """Tie this process, which the owner has started, to the owner."""
+        """Tie this process, which the owner has started, to the owner; and its group, where it leads one."""
         if self._writing >= 0:  # it was forked, and would keep itself alive
             os.close(self._writing)
             self._writing = -1
         if hasattr(fcntl, "F_SETSIG"):
             # Whom a signal is sent to belongs to the open file, which all that got it from the owner share: open anew.
             end = os.open(f"/proc/self/fd/{self._reading}", os.O_RDONLY | os.O_NONBLOCK)
-            fcntl.fcntl(end, fcntl.F_SETOWN, os.getpid())
+            fcntl.fcntl(end, fcntl.F_SETOWN, -os.getpid() if os.getpgrp() == os.getpid() else os.getpid())
             fcntl.fcntl(end, fcntl.F_SETSIG, signal.SIGKILL)
             fcntl.fcntl(end, fcntl.F_SETFL, fcntl.fcntl(end, fcntl.F_GETFL) | os.O_ASYNC)
         threading.Thread(target=self._outlive, name="rlfeed-lifeline", daemon=True).start()
@@ -164,6 +181,8 @@ class Lifeline:
         # The end may have closed before anybody listened; and another child of the owner may hold a copy of it.
         while is_alive(self._owner):
             time.sleep(_LOOK_S)
+        if os.getpgrp() == os.getpid():
+            end_group(os.getpid())
         os._exit(0)
 
     def close(self) -> None:

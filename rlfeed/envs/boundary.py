@@ -254,7 +254,7 @@ def success_of(info: Mapping[str, Any]) -> float | None:
         ``info["is_success"]`` or ``info["success"]`` as a number; None where it tells nothing.
     """
     told: Any = next((info[key] for key in SUCCESS_KEYS if info.get(key) is not None), None)
-    return float(told) if np.shape(told) == () and _is_real(told) else None
+    return float(told) if _is_real(told) and np.shape(told) == () else None
 
 
 def _is_real(value: Any) -> bool:

@@ -4,14 +4,15 @@ import os
 import select
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import rlfeed.errors
 from rlfeed.envs.slab import IDLE, Slab
 from rlfeed.envs.worker import CLOSE, FINE, Job, Report, work
 from rlfeed.errors import ConfigError, WorkerError
-from rlfeed.processes import Lifeline, how_it_ended, undecided, uninterrupted
+from rlfeed.processes import Lifeline, end_group, how_it_ended, undecided, uninterrupted
 
 _GRACE_S = 2.0  # for environments to close, and for a process that has hung up to end
 _LOOK_S = 0.5  # between looks at workers that are late
@@ -22,9 +23,9 @@ class Crew:
 
     Args:
         name: What the environments are called.
-        jobs: Gives the job of a worker.
+        jobs: One per worker.
+        line: Ends the workers with this process.
         slab: What is shared.
-        rows: The first and the last-but-one row of each worker.
         context: How processes are started.
         call_timeout_s: Seconds that one call of an environment may take.
         start_timeout_s: Seconds that a process may take to make its environments.
@@ -33,27 +34,27 @@ class Crew:
     def __init__(
         self,
         name: str,
-        jobs: Callable[[int, Lifeline], Job],
+        jobs: Sequence[Job],
+        line: Lifeline,
         slab: Slab,
-        rows: Sequence[tuple[int, int]],
         context: Any,
         call_timeout_s: float,
         start_timeout_s: float,
     ) -> None:
         self._name, self._jobs, self._slab, self._context = name, jobs, slab, context
-        self._sizes = [end - first for first, end in rows]
+        self._sizes = [end - first for first, end in (job.rows for job in jobs)]
         self._call_timeout_s, self._start_timeout_s = call_timeout_s, start_timeout_s
-        self._line = Lifeline()
-        self.processes: list[Any] = [None] * len(rows)
-        self._pipes: list[Any] = [None] * len(rows)
+        self.processes: list[Any] = [None] * len(jobs)
+        self._pipes: list[Any] = [None] * len(jobs)
         self._poll = select.poll()
         self._owner: dict[int, int] = {}
-        self._sent_s = [0.0] * len(rows)
+        self._sent_s = [0.0] * len(jobs)
+        self._looked_s = 0.0  # when somebody last looked who is late
         self.flying: set[int] = set()  # workers that have been told something and have not answered
         self.reports: dict[int, Report] = {}  # what they said went wrong, until it has been dealt with
         self.dead: dict[int, str] = {}  # how they ended, until that has been told
         self.gone: set[int] = set()  # workers without a process
-        self.end = weakref.finalize(self, _end, os.getpid(), self.processes, self._pipes, self._line)
+        self.end = weakref.finalize(self, _end, os.getpid(), self.processes, self._pipes, line)
 
     def start(self, workers: Sequence[int]) -> None:
         """Start workers and wait until they have made their environments.
@@ -63,6 +64,7 @@ class Crew:
 
         Raises:
             ConfigError: If what makes the environments cannot be sent to another process.
+            EnvMakeError: If an environment cannot be made.
             WorkerError: If one ends before, or takes too long.
         """
         for worker in workers:
@@ -71,11 +73,18 @@ class Crew:
         deadline_s = time.monotonic() + self._start_timeout_s
         while waiting := self.flying.intersection(workers):
             if time.monotonic() > deadline_s:
+                for worker in waiting:
+                    self._bury(worker, "")
+                    del self.dead[worker]
                 raise WorkerError(
                     f"{self._name}: workers {sorted(waiting)} did not make their environments within "
                     f"{self._start_timeout_s:g} s; expected them by then. See what the constructor waits for."
                 )
             for worker in self._listen(waiting):
+                for _, kind, message in self.reports.pop(worker, ()):
+                    self._bury(worker, "")
+                    del self.dead[worker]
+                    raise getattr(rlfeed.errors, kind)(message)
                 if worker in self.dead:
                     raise WorkerError(
                         f"{self._name}: worker {worker} {self.dead.pop(worker)} before its environments were made. A "
@@ -111,7 +120,9 @@ class Crew:
         came: list[int] = []
         waiting = self.flying if only is None else self.flying.intersection(only)
         while waiting and sum(self._sizes[worker] for worker in came) < enough:
-            heard = self._listen(waiting) or self._late(waiting)
+            heard = self._listen(waiting)
+            if not heard or time.monotonic() - self._looked_s > _LOOK_S:  # those that are ready must not hide one
+                heard += self._late(waiting.difference(heard))
             came += heard
             waiting = waiting.difference(heard)
         return sorted(came)
@@ -120,8 +131,7 @@ class Crew:
         theirs_in, mine_out = self._context.Pipe(duplex=False)
         mine_in, theirs_out = self._context.Pipe(duplex=False)
         process = self._context.Process(
-            target=work, args=(self._jobs(worker, self._line), theirs_in, theirs_out), name=f"rlfeed-envs-{worker}",
-            daemon=True,
+            target=work, args=(self._jobs[worker], theirs_in, theirs_out), name=f"rlfeed-envs-{worker}", daemon=True
         )
         try:
             with uninterrupted(), undecided():
@@ -172,22 +182,29 @@ class Crew:
     def _late(self, waiting: set[int]) -> list[int]:
         """End workers whose environment takes too long over one call."""
         now_s, late = time.monotonic(), []
+        self._looked_s = now_s
         for worker in sorted(waiting):
+            if not self.processes[worker].is_alive():  # and what it started keeps its pipe open
+                self._bury(worker, None)
+                late.append(worker)
+                continue
             doing, since_ns = (int(n) for n in self._slab.calls[worker, 1:3])
             since_s = max(self._sent_s[worker], since_ns * 1e-9 if doing != IDLE else 0.0)
             if now_s - since_s > self._call_timeout_s:
-                self.flying.discard(worker)
                 self._bury(worker, f"did not return within {self._call_timeout_s:g} s, and its process was ended")
                 late.append(worker)
         return late
 
     def _bury(self, worker: int, how: str | None) -> None:
+        """Let a process go that has hung up; or end it, and say how."""
         process = self.processes[worker]
+        self.flying.discard(worker)
         if how is None:
             process.join(_GRACE_S)
         if process.is_alive():
             process.kill()
-            process.join(_GRACE_S)
+        end_group(process.pid)
+        process.join(_GRACE_S)
         self.dead[worker] = how or how_it_ended(process.exitcode)
         self.gone.add(worker)
         out, back = self._pipes[worker]
@@ -209,8 +226,10 @@ def _end(owner: int, processes: list[Any], pipes: list[Any], line: Lifeline) -> 
         if process is not None:
             process.join(max(0.0, deadline_s - time.monotonic()))
     for process in processes:
-        if process is not None and process.is_alive():
-            process.kill()
+        if process is not None:
+            end_group(process.pid)
+            if process.is_alive():  # it had no group yet
+                process.kill()
             process.join(_GRACE_S)
     for pipe in pipes:
         for end in pipe or ():

@@ -5,7 +5,8 @@ seeded, checked and named in the same way wherever it runs. What goes wrong with
 decided here: whoever has the group raises it, or begins the row anew.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -15,13 +16,14 @@ from numpy import ndarray
 
 from rlfeed.envs.boundary import ObservationCheck, flag_of, mask_of, reward_of, success_of
 from rlfeed.envs.seeds import episode_seed, failed
-from rlfeed.errors import ConfigError, EnvContractError, RlfeedError
+from rlfeed.errors import ConfigError, EnvContractError, EnvMakeError, RlfeedError
 from rlfeed.nest import Nest
 from rlfeed.specs import check_spaces
 
 Faults = Mapping[int, RlfeedError]  # by row
 Mask = Bool[ndarray, "k A"] | None
 _NO_FAULTS: dict[int, RlfeedError] = {}
+_NO_ENV = gymnasium.Env()  # in the place of one that could not be made
 _PENDING = object()
 
 
@@ -58,7 +60,7 @@ class EnvGroup:
         first: The number of the first one among all.
         num_envs: How many there are in all.
         makers: Make each environment anew; without them an environment that broke is only reset.
-        book: Told of every call.
+        book: Told of every call, in a process of the pool.
     """
 
     def __init__(
@@ -75,9 +77,12 @@ class EnvGroup:
         self.name, self.first, self.num_envs = name, first, num_envs or len(self.envs)
         self.check = ObservationCheck(self.envs[0].observation_space)
         self.action_space = self.envs[0].action_space
-        self.masked = False  # whether infos hold action masks: the first reset tells
+        self.masked = False  # whether infos hold action masks: the first reset that succeeds tells
+        self._unmasked = True  # until then
         self.seed, self.episodes = 0, [0] * len(self.envs)
         self._makers, self._book = makers, book
+        # In this process Ctrl-C and exits are the user's; a process of the pool hears neither but from an environment.
+        self._mistakes = Exception if book is None else BaseException
         self._clock = 0
         self._began = [0] * len(self.envs)  # what the clock showed when the row's episode began
         self.reward: list[float] = []
@@ -100,11 +105,8 @@ class EnvGroup:
             What went wrong, by row.
         """
         self.seed, self.episodes = seed, [int(n) for n in episodes]
-        self.masked = False
-        rows = range(len(self.envs))
-        faults = self.begin(rows, target)
-        self.masked = any("action_mask" in info for info in self._infos)
-        return self._check_masks(rows, mask, faults)
+        self.masked, self._unmasked = False, True
+        return self.begin(range(len(self.envs)), target, mask)
 
     def step(self, actions: Sequence[Any], target: Nest, mask: Mask = None) -> Faults:
         """Take one step in every environment; ``reward``, ``terminated``, ``truncated`` and ``success`` are its.
@@ -143,7 +145,7 @@ class EnvGroup:
                     truncated = flag_of("truncated", truncated, row, where)
                 if book is not None:
                     book.stepped(row, reward, terminated, truncated)
-            except Exception as error:
+            except self._mistakes as error:
                 faults = {**faults, row: self._fault(row, action, result, error)}
                 reward, terminated, truncated = 0.0, False, False
             rewards.append(reward)
@@ -195,45 +197,52 @@ class EnvGroup:
         for row in rows:
             self._began[row] = self._clock
             seed = episode_seed(self.seed, self.first + row, self.episodes[row])
+            call = f"reset(seed={seed})"
             try:
                 if self._book is not None:
                     self._book.calls(row, 2)
                 result = self.envs[row].reset(seed=seed)
-            except Exception as error:
-                faults[row] = failed(self.where(row), f"reset(seed={seed})", error)
-                continue
-            if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
-                faults[row] = EnvContractError(
-                    f"{self.where(row)}: reset() returned {_outline(result)}; expected the pair (observation, info), "
-                    "info a dict. Return both."
-                )
-                continue
-            self._infos[row] = result[1]
-            try:
+                call = "what reset() returned"
+                if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
+                    raise EnvContractError(
+                        f"{self.where(row)}: reset() returned {_outline(result)}; expected the pair (observation, "
+                        "info), info a dict. Return both."
+                    )
                 self.check.write(result[0], target, row, self.where)
-            except RlfeedError as error:
-                faults[row] = error
+                self._infos[row] = result[1]
+            except self._mistakes as error:
+                ours = isinstance(error, RlfeedError) and call.startswith("what")
+                faults[row] = error if ours else failed(self.where(row), call, error)
+        if self._unmasked and len(faults) < len(rows):
+            self.masked = any("action_mask" in self._infos[row] for row in rows if row not in faults)
+            self._unmasked = False
         return self._check_masks(rows, mask, self._check_values(target, rows, faults))
 
-    def renew(self, row: int) -> None:
-        """Make an environment anew that broke: whatever state it is in, its next episode begins without it.
+    def renew(self, rows: Iterable[int]) -> Faults:
+        """Make environments anew that broke: whatever state they are in, their next episodes begin without it.
 
         Args:
-            row: Which.
+            rows: Which.
 
-        Raises:
-            EnvMakeError: If it cannot be made again.
+        Returns:
+            What went wrong, by row: those cannot be made again.
         """
-        if self._makers is None:
-            return
-        with suppress(Exception):  # it is broken: that it cannot be closed either is no news
-            self.envs[row].close()
-        self.envs[row] = self._makers[row]()
+        faults: dict[int, RlfeedError] = {}
+        for row in rows if self._makers is not None else ():
+            broken, self.envs[row] = self.envs[row], _NO_ENV
+            with suppress(self._mistakes):  # it is broken: that it cannot be closed either is no news
+                broken.close()
+            del broken  # there may not be room for two
+            try:
+                self.envs[row] = self._makers[row]()
+            except self._mistakes as error:
+                faults[row] = EnvMakeError(f"{self.where(row)}: its environment cannot be made anew. {error}")
+        return faults
 
     def close(self) -> None:
-        """Close every environment."""
-        for env in self.envs:
-            env.close()
+        """Close every environment; one that cannot be is warned of."""
+        for row, env in enumerate(self.envs):
+            close_env(env, f"{self.name}: env {self.first + row} of {self.num_envs}", self._mistakes)
 
     def where(self, row: int) -> str:
         """Name a row for errors.
@@ -263,8 +272,9 @@ class EnvGroup:
             given = info.get("action_mask") if isinstance(info, dict) else None
             try:
                 mask = mask_of(given, self.action_space, row, self.where)
-            except RlfeedError as error:
-                found[row] = error
+            except Exception as error:
+                ours = isinstance(error, RlfeedError)
+                found[row] = error if ours else failed(self.where(row), 'info["action_mask"]', error)
                 continue
             if target is not None:
                 target[row] = mask
@@ -289,7 +299,7 @@ class EnvGroup:
                     found[row] = error
         return found
 
-    def _fault(self, row: int, action: Any, result: Any, error: Exception) -> RlfeedError:
+    def _fault(self, row: int, action: Any, result: Any, error: BaseException) -> RlfeedError:
         """Say what went wrong in a step: in the environment, in the form of its result, or with a part of it."""
         if result is _PENDING:
             return failed(self._place(row), f"step({action!r})", error)
@@ -301,6 +311,20 @@ class EnvGroup:
             f"{self.where(row)}: step() returned {_outline(result)}; expected the five values (observation, "
             "reward, terminated, truncated, info). Return all five; an old `done` is terminated or truncated."
         )
+
+
+def close_env(env: gymnasium.Env, name: str, mistakes: type[BaseException] = Exception) -> None:
+    """Close an environment; where it raises, what it did before still counts, so that is a warning.
+
+    Args:
+        env: The environment.
+        name: What to call it.
+        mistakes: What it may raise.
+    """
+    try:
+        env.close()
+    except mistakes as error:
+        warnings.warn(str(failed(name, "close()", error)), RuntimeWarning, stacklevel=3)
 
 
 def rows_of(nest: Nest, row: int) -> Nest:

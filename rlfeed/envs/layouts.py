@@ -8,6 +8,7 @@ from typing import Any
 
 import gymnasium
 
+from rlfeed.envs.group import close_env
 from rlfeed.envs.seeds import episode_seed
 from rlfeed.envs.source import EnvSource
 from rlfeed.errors import ConfigError
@@ -127,7 +128,7 @@ def choose_layout(make: EnvSource, num_envs: int, layout: Layout, *, mode: str) 
     except Exception as error:  # whoever plays it will name it
         return Choice(0, f"this process: its measurement raised {type(error).__name__}: {error}")
     finally:
-        env.close()
+        close_env(env, make.name)
     choice = suggest_layout(step_s, num_envs, cores)
     if choice.workers and not has_guard():
         need = "the script has no `if __name__ == '__main__':`, which processes need"

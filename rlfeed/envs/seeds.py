@@ -28,7 +28,7 @@ def episode_seed(seed: int, env_id: int, episode: int) -> int:
     return int(np.random.SeedSequence((seed, env_id, episode)).generate_state(1)[0] >> 1)
 
 
-def failed(where: str, call: str, error: Exception) -> EnvFailedError:
+def failed(where: str, call: str, error: BaseException) -> EnvFailedError:
     """Say that an environment raised.
 
     Args:
@@ -39,8 +39,12 @@ def failed(where: str, call: str, error: Exception) -> EnvFailedError:
     Returns:
         The error to raise from it.
     """
+    try:
+        text = f": {error}"
+    except Exception:  # its traceback says so
+        text = ""
     return EnvFailedError(
-        f"{where}: {call} raised {type(error).__name__}: {error}. Mend the environment; this is its own "
+        f"{where}: {call} raised {type(error).__name__}{text}. Mend the environment; this is its own "
         f"traceback:\n{own_traceback(error)}"
     )
 

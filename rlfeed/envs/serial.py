@@ -180,8 +180,9 @@ class SerialEnvs:
         while faults or begin:
             for row, error in faults.items():
                 self._policy.meet(group.first + row, group.episodes[row], error)
-                group.renew(row)
+            unmade = group.renew(faults)
             begin = sorted([*begin, *faults])
             for row in begin:
                 group.episodes[row] += 1
-            faults, begin = group.begin(begin, observation, mask), []
+            made = [row for row in begin if row not in unmade]
+            faults, begin = {**unmade, **group.begin(made, observation, mask)}, []

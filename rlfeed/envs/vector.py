@@ -18,7 +18,7 @@ from rlfeed.envs.autoreset import Outcome, Ready
 from rlfeed.envs.boundary import ObservationCheck, mask_length
 from rlfeed.envs.crew import Crew
 from rlfeed.envs.faults import MAX_RESTARTS, Fault, FaultPolicy, OnFault
-from rlfeed.envs.group import rows_of
+from rlfeed.envs.group import close_env, rows_of
 from rlfeed.envs.seeds import episode_seed
 from rlfeed.envs.slab import FLIGHT, IDLE, MOVED, RESET, STEP, Slab
 from rlfeed.envs.source import EnvSource
@@ -71,10 +71,10 @@ class PoolEnvs:
         choice: str = "",
     ) -> None:
         _check_numbers(num_envs, workers, min_ready, step_timeout_s, start_timeout_s)
-        self.name, self.num_envs, self.choice, self._source = source.name, num_envs, choice, source
+        self.name, self.num_envs, self.choice = source.name, num_envs, choice
         env = source()
         self.observation_space, self.action_space = env.observation_space, env.action_space
-        env.close()
+        close_env(env, self.name)
         check_spaces(self.observation_space, self.action_space)
         self._check = ObservationCheck(self.observation_space)
         self._policy = FaultPolicy(self.name, on_fault, max_restarts)
@@ -91,8 +91,15 @@ class PoolEnvs:
         self._acted = self._check.empty(num_envs)  # observations that were acted on: they stand for what is lost
         self._ready = Ready(self._all, ())
         context = choose_context(context_of(context))
-        self._crew = Crew(self.name, self._job, self._slab, self._rows, context, step_timeout_s, start_timeout_s)
-        self._start(range(workers))
+        spaces, line = (self.observation_space, self.action_space), Lifeline()
+        rest = first_env_id, num_envs, source, self.name, spaces, self._slab, line
+        jobs = [Job(worker, rows, *rest) for worker, rows in enumerate(self._rows)]
+        self._crew = Crew(self.name, jobs, line, self._slab, context, step_timeout_s, start_timeout_s)
+        try:
+            self._crew.start(range(workers))
+        except BaseException:
+            self._crew.end()
+            raise
 
     @property
     def layout(self) -> tuple[int, int]:
@@ -187,10 +194,6 @@ class PoolEnvs:
         """End the worker processes, whatever they do."""
         self._crew.end()
 
-    def _job(self, worker: int, line: Lifeline) -> Job:
-        numbers = worker, self._rows[worker], self._first, self.num_envs
-        return Job(*numbers, self._source, self.name, (self.observation_space, self.action_space), self._slab, line)
-
     def _collect(self, workers: list[int], ids: Int64[ndarray, " k"], env_ids: ndarray | None) -> Outcome:
         """Take what workers have written, see to what broke, and show what to act on next."""
         slab, crew = self._slab, self._crew
@@ -205,7 +208,8 @@ class PoolEnvs:
             ready = self._show(ids)
             return Outcome(ready.observation, reward, terminated, truncated, ready, env_ids=env_ids)
         successor, over = self._successors(ids, lost), ids[ended]
-        if not np.isnan(told := slab.success[over]).all():
+        told = np.where(slab.stage[over] == MOVED, slab.success[over], np.nan)  # else its worker died before it told
+        if not np.isnan(told).all():
             success = np.full(len(ids), np.nan)
             success[ended] = told
         slab.episodes[over] += 1
@@ -260,23 +264,22 @@ class PoolEnvs:
             if worker in crew.dead:
                 replaced = True
                 self._replace(worker)
-                continue
-            for row, kind, message in crew.reports.pop(worker):
-                error = getattr(rlfeed.errors, kind)(message)
-                if row < 0:
-                    raise error
-                self._policy.meet(self._first + first + row, int(self._slab.episodes[first + row]), error)
-                self._slab.episodes[first + row] += 1
-                self._lengths[first + row] = 0
-            crew.tell(worker, BEGIN)
+                crew.tell(worker, START, str(self._seed).encode())
+            else:
+                for row, kind, message in crew.reports.pop(worker):
+                    error = getattr(rlfeed.errors, kind)(message)
+                    self._policy.meet(self._first + first + row, int(self._slab.episodes[first + row]), error)
+                    self._slab.episodes[first + row] += 1
+                    self._lengths[first + row] = 0
+                crew.tell(worker, BEGIN)
             crew.wait(self.num_envs, [worker])
         return replaced
 
     def _replace(self, worker: int) -> None:
         """Have another process take over the environments of one that died."""
-        (first, end), slab = self._rows[worker], self._slab
+        (first, end), slab, crew = self._rows[worker], self._slab, self._crew
         row, doing = (int(n) for n in slab.calls[worker, :2])
-        guilty, how = first + row, self._crew.dead.pop(worker, None)
+        guilty, how = first + row, crew.dead.pop(worker, None)
         if how is not None:  # else it has been told, and somebody has caught it
             others = [i for i in range(first, end) if self._lengths[i] and (i != guilty or doing == IDLE)]
             named = ", ".join(str(self._first + i) for i in others)
@@ -287,17 +290,14 @@ class PoolEnvs:
         slab.episodes[first:end] += self._lengths[first:end] > 0
         slab.episodes[guilty] += doing == RESET and not self._lengths[guilty]
         self._lengths[first:end] = 0
-        self._crew.reports.pop(worker, None)
+        crew.reports.pop(worker, None)
         slab.calls[worker] = 0
-        self._start([worker])
-        self._crew.tell(worker, START, str(self._seed).encode())
-        self._crew.wait(self.num_envs, [worker])
-
-    def _start(self, workers: Sequence[int]) -> None:
-        self._crew.start(workers)
-        for worker in workers:
-            for _, kind, message in self._crew.reports.pop(worker, ()):
-                raise getattr(rlfeed.errors, kind)(message)
+        while worker in crew.gone:
+            try:
+                crew.start([worker])
+            except RlfeedError as error:
+                again = type(error)(f"{self.name}: worker {worker} could not be started again. {error}")
+                self._policy.meet(self._first + guilty, int(slab.episodes[guilty]), again)
 
     def _obituary(self, worker: int, row: int, doing: int, how: str) -> RlfeedError:
         """Say how a worker died, and over what."""
@@ -310,6 +310,8 @@ class PoolEnvs:
         action = map_nest(lambda column: column[row].tolist(), self._slab.action)
         call = f"step({action!r})" if doing == STEP else f"reset(seed={seed})"
         advice = " Perhaps memory ran out: see the system's log." if "SIGKILL" in how else ""
+        if how.startswith("did not return"):
+            advice = " If that is how long it may take, raise step_timeout_s."
         return EnvFailedError(
             f"{self.name}: env {env_id} of {self._first + self.num_envs}, step {length} of its episode {episode} "
             f"(seed {seed}): {call} in {process} {how}. Play that episode in this process to see why "

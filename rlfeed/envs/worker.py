@@ -1,5 +1,6 @@
 """A process of the worker pool: it steps its environments when it is told to, and says what went wrong."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ from rlfeed.envs.slab import FLIGHT, IDLE, MOVED, STEPPED, Slab
 from rlfeed.envs.source import EnvSource
 from rlfeed.errors import ConfigError, RlfeedError
 from rlfeed.nest import leaves, map_nest
-from rlfeed.processes import Lifeline, ignore_interrupts
+from rlfeed.processes import Lifeline, ignore_interrupts, lead_group
 
 START, STEP, BEGIN, CLOSE = b"r", b"s", b"b", b"x"  # commands
 FINE, FAULTY = b".", b"!"  # answers; after the second come the faults
@@ -60,8 +61,10 @@ def work(job: Job, commands: Connection, answers: Connection) -> None:
         commands: One byte each.
         answers: One byte each, and reports.
     """
-    ignore_interrupts()  # Ctrl-C reaches workers too, but the parent decides
+    ignore_interrupts()  # where the environment hears it all the same, the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    lead_group()
+    multiprocessing.current_process().daemon = False  # an environment may start processes; they end with this one
     job.line.tie()
     torch.set_num_threads(1)  # several processes with a thread per core each are 1.3 to 20 times slower
     try:
@@ -170,11 +173,15 @@ class _Worker:
         """Make environments anew that broke, and begin the episodes that the parent has numbered."""
         group = self._group
         rows = [row for row, episode in enumerate(self._episodes.tolist()) if episode != group.episodes[row]]
+        unmade: dict[int, RlfeedError] = {}
         for row in rows:
             group.episodes[row] = int(self._episodes[row])
             self.calls(row, 2)
-            group.renew(row)
-        return _report(group.begin(rows, self._observation, self._mask))
+            unmade |= group.renew([row])
+        made = [row for row in rows if row not in unmade]
+        faults = group.begin(made, self._observation, self._mask)
+        self._call[3] = group.masked
+        return _report({**unmade, **faults})
 
 
 def _report(faults: Faults) -> Report:
