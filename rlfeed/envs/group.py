@@ -197,12 +197,12 @@ class EnvGroup:
         for row in rows:
             self._began[row] = self._clock
             seed = episode_seed(self.seed, self.first + row, self.episodes[row])
-            call = f"reset(seed={seed})"
+            call, returned = f"reset(seed={seed})", "what reset() returned"
             try:
                 if self._book is not None:
                     self._book.calls(row, 2)
                 result = self.envs[row].reset(seed=seed)
-                call = "what reset() returned"
+                call = returned
                 if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
                     raise EnvContractError(
                         f"{self.where(row)}: reset() returned {_outline(result)}; expected the pair (observation, "
@@ -211,8 +211,10 @@ class EnvGroup:
                 self.check.write(result[0], target, row, self.where)
                 self._infos[row] = result[1]
             except self._mistakes as error:
-                ours = isinstance(error, RlfeedError) and call.startswith("what")
-                faults[row] = error if ours else failed(self.where(row), call, error)
+                if isinstance(error, RlfeedError) and call == returned:
+                    faults[row] = error
+                else:
+                    faults[row] = failed(self.where(row), call, error)
         if self._unmasked and len(faults) < len(rows):
             self.masked = any("action_mask" in self._infos[row] for row in rows if row not in faults)
             self._unmasked = False
@@ -228,13 +230,16 @@ class EnvGroup:
             What went wrong, by row: those cannot be made again.
         """
         faults: dict[int, RlfeedError] = {}
-        for row in rows if self._makers is not None else ():
+        makers = self._makers
+        if makers is None:
+            return faults
+        for row in rows:
             broken, self.envs[row] = self.envs[row], _NO_ENV
             with suppress(self._mistakes):  # it is broken: that it cannot be closed either is no news
                 broken.close()
             del broken  # there may not be room for two
             try:
-                self.envs[row] = self._makers[row]()
+                self.envs[row] = makers[row]()
             except self._mistakes as error:
                 faults[row] = EnvMakeError(f"{self.where(row)}: its environment cannot be made anew. {error}")
         return faults
