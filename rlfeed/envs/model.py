@@ -1,7 +1,7 @@
 """A model of an environment, in the place of one: `ModelEnvs`."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from rlfeed.envs.autoreset import Outcome, Ready
 from rlfeed.envs.boundary import REWARD_LIMIT, ObservationCheck, reward_of
 from rlfeed.envs.faults import Fault, FaultPolicy, OnFault
 from rlfeed.envs.group import Faults, rows_of
+from rlfeed.envs.resume import EXACT
 from rlfeed.envs.serial import MAX_RESTARTS
 from rlfeed.errors import ConfigError, EnvContractError, RlfeedError
 from rlfeed.nest import Nest, describe, leaves, map_nest
@@ -86,8 +87,7 @@ class ModelEnvs:
         self._policy = FaultPolicy(self.name, on_fault, max_restarts)
         self._ids: Int64[ndarray, " N"] = np.arange(num_envs, dtype=np.int64)
         self._ids.flags.writeable = False
-        self._bits = np.random.Philox()
-        self._generator = np.random.Generator(self._bits)
+        self._start(0)
         self._episodes = np.zeros(num_envs, np.int64)
         self._lengths = np.zeros(num_envs, np.int64)
         self._observation: Nest = None
@@ -102,6 +102,15 @@ class ModelEnvs:
         """
         return tuple(self._policy.faults)
 
+    @property
+    def episodes(self) -> Int64[ndarray, " N"]:
+        """Number the open episodes.
+
+        Returns:
+            ``[N]``.
+        """
+        return self._episodes.copy()
+
     def reset(self, seed: int, first_episodes: Sequence[int]) -> Ready:
         """Begin an episode in every row.
 
@@ -112,8 +121,7 @@ class ModelEnvs:
         Returns:
             The first observations, of all rows.
         """
-        self._bits = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(STREAM,)))
-        self._generator = np.random.Generator(self._bits)
+        self._start(seed)
         self._episodes, self._lengths = np.array(first_episodes, np.int64), np.zeros(self.num_envs, np.int64)
         self._observation = self._firsts(self._ids)
         if self._initial_carry is not None:
@@ -153,8 +161,43 @@ class ModelEnvs:
             self._begin(begin)
         return Outcome(successor, reward, terminated, truncated, Ready(self._ids, self._observation), lost)
 
+    def save_episodes(self) -> dict[str, Any]:
+        """Give what brings the open episodes back, exact where the model is the same; see `Resumable`.
+
+        Returns:
+            The state, without the model.
+        """
+        return {
+            "states": [True] * self.num_envs,
+            "seed": self._seed,
+            "episodes": self._episodes.copy(),
+            "lengths": self._lengths.copy(),
+            "observation": map_nest(np.copy, self._observation),
+            "carry": map_nest(_own, self._carry),
+        }
+
+    def resume_episodes(self, state: Mapping[str, Any]) -> tuple[Ready, Int64[ndarray, " N"]]:
+        """Bring open episodes back; see `Resumable`.
+
+        Args:
+            state: What `save_episodes` gave.
+
+        Returns:
+            What to act on next, and that every row has come back exact.
+        """
+        self._start(int(state["seed"]))
+        self._episodes, self._lengths = np.array(state["episodes"]), np.array(state["lengths"])
+        self._observation = map_nest(np.array, state["observation"])
+        self._carry = self._given(state["carry"])
+        return Ready(self._ids, self._observation), np.full(self.num_envs, EXACT)
+
     def close(self) -> None:
         """Do nothing: a model holds no processes."""
+
+    def _start(self, seed: int) -> None:
+        self._seed = seed
+        self._bits = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(STREAM,)))
+        self._generator = np.random.Generator(self._bits)
 
     def _predict(self, action: Nest) -> Nest:
         observation = self._given(self._observation)

@@ -10,8 +10,10 @@ from gymnasium import spaces
 from torch import nn
 
 from rlfeed import Episode, ReplayBuffer, Rollout, Transition, epoch
+from rlfeed.codec import decode, encode
 from rlfeed.envs import Envs, ModelEnvs, as_envs
 from rlfeed.errors import ConfigError, EnvContractError, SpaceError
+from rlfeed.nest import leaves
 
 BOX = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 ACTIONS = spaces.Discrete(4)
@@ -232,6 +234,10 @@ def test_model_envs_module_that_is_partly_frozen_is_left_as_it_was():
     assert [part.training for part in (model, model.layer, model.dropout)] == [True, False, True]
 
 
+AGED = spaces.Dict(position=spaces.Box(-9, 9, (1,), np.float32), age=spaces.Box(0, 9, (), np.int64))
+PUSHED = spaces.Dict(push=spaces.Box(0, 1, (1,), np.float32), turn=spaces.Discrete(2))
+
+
 class World(nn.Module):
     """Dict observations and actions, a reward that is learned, and a recurrent carry."""
 
@@ -256,8 +262,8 @@ def test_model_envs_of_dicts_with_a_carry_keep_one_age_per_row():
     world = World()
     envs = ModelEnvs(
         world.predict,
-        observation_space=spaces.Dict(position=spaces.Box(-9, 9, (1,), np.float32), age=spaces.Box(0, 9, (), np.int64)),
-        action_space=spaces.Dict(push=spaces.Box(0, 1, (1,), np.float32), turn=spaces.Discrete(2)),
+        observation_space=AGED,
+        action_space=PUSHED,
         initial=lambda generator: {"position": np.zeros(1, np.float32), "age": np.int64(0)},
         initial_carry=lambda observation: {"age": torch.zeros(len(observation["age"]))},
         reward_fn=world.reward,
@@ -281,6 +287,50 @@ def test_model_envs_of_dicts_with_a_carry_keep_one_age_per_row():
         [1, 2, 3, 4, 5, 1, 2, 3, 4, 5],
     ]
     assert rewards[:3] == [[1, 1.5, 0], [2, 3, 0], [3, 1.5, 0]]
+
+
+def seen(step):
+    return [np.asarray(leaf).tolist() for _, leaf in leaves((step.observation, step.next_observation, step.reward))]
+
+
+@pytest.mark.parametrize("cut", [1, 4, 9])
+def test_model_envs_come_back_exact_in_the_middle_of_an_episode_through_a_file(cut):
+    world = World()
+    with torch.no_grad():
+        world.scale.fill_(0.7)
+
+    def act(observation):
+        return {"push": observation["position"] * 0 + 0.9, "turn": observation["age"] % 2}
+
+    def rollout():
+        return Rollout(
+            ModelEnvs(
+                world.predict,
+                observation_space=AGED,
+                action_space=PUSHED,
+                initial=lambda generator: {"position": generator.random(1, np.float32), "age": np.int64(0)},
+                initial_carry=lambda observation: {"age": observation["age"].float()},
+                reward_fn=world.reward,
+                termination_fn=world.ended,
+                horizon=3,
+                num_envs=3,
+            ),
+            act,
+            seed=4,
+        )
+
+    first = rollout()
+    for _ in range(cut):
+        next(first)
+    state = decode(np.frombuffer(b"".join(bytes(part) for part in encode(first.state_dict())), np.uint8))
+    expected = [seen(next(first)) for _ in range(12)]
+    second = rollout()
+    second.load_state_dict(state)
+    assert state["environments"] == "exact"
+    assert second.comebacks == ("exact",) * 3
+    found = [seen(next(second)) for _ in range(12)]
+    assert found == expected
+    assert second.statistics.episodes == first.statistics.episodes
 
 
 def test_model_envs_functions_that_write_into_what_they_get_change_nothing():
