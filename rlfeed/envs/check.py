@@ -9,7 +9,7 @@ from typing import Any, Literal
 import gymnasium
 
 from rlfeed.envs.checks.findings import Finding, Findings
-from rlfeed.envs.checks.interface import check_generator, check_in_worker, check_interface, make_twice
+from rlfeed.envs.checks.interface import check_in_worker, check_interface, has_own_seed, make_twice
 from rlfeed.envs.checks.isolation import Watch, quiet, run_isolated
 from rlfeed.envs.checks.modes import check_autoreset
 from rlfeed.envs.checks.plays import Player, Trace
@@ -62,7 +62,7 @@ def check_env(
     """Play whole episodes and list everything that breaks Gymnasium's contract.
 
     The environment is played in a copy of this process: one that hangs or crashes is a finding, too, and one that was
-    given as an object is not touched.
+    given as an object is not touched. Call it before CUDA is used in this process, which no copy could use then.
 
     Args:
         env_or_factory: What makes the environment: a class, a function, or a name as `make_envs` takes it; or the
@@ -129,7 +129,7 @@ def examine(
         )
         return Report([*died.all(), *early])
     report, traces = result
-    if workers and subject.source is not None and traces:
+    if workers and subject.source is not None and report.episodes:
         findings = Findings(subject.name)
         if has_guard():
             check_in_worker(subject.source, context, traces, call_timeout_s, findings)
@@ -187,7 +187,8 @@ class _Examination:
         if made is not None:
             self._play(*made, episodes, max_steps, timed)
         self.report.findings = self.findings.all()
-        return self.report, self.traces
+        # What is wrong here would be there: only an environment that is right is compared with itself in a worker.
+        return self.report, [] if self._has_errors() else self.traces
 
     def _play(self, one: gymnasium.Env, two: gymnasium.Env, episodes: int, max_steps: int, timed: bool) -> None:
         findings, report = self.findings, self.report
@@ -197,27 +198,29 @@ class _Examination:
         player = Player(one, findings, self.watch)
         tour = take_tour(player, findings, episodes, max_steps)
         check_ends(one, tour, max_steps, findings)
-        check_generator(one, tour.traces[-1].seed, findings)
         self.traces = [trace for trace in tour.traces if trace.returned]
         report.episodes, report.steps = len(self.traces), tour.steps
         if self.traces:
-            report.resume = self._repeat(one, two, [] if tour.masked else self.traces[0].actions)
+            report.resume = self._repeat(one, two, [] if tour.masked else self.traces[0].actions, tour.few)
         if timed and tour.steps and not findings.has("raised", "action written", "reset takes"):
             report.step_s = self._time(two)
         player.close()
 
-    def _repeat(self, one: gymnasium.Env, two: gymnasium.Env, actions: Sequence[Any]) -> Resume:
+    def _repeat(self, one: gymnasium.Env, two: gymnasium.Env, actions: Sequence[Any], few: int) -> Resume:
         """Play again in every way; what follows from a cause that was found already is not told."""
         findings, traces = self.findings, self.traces
-        if findings.has("world", "not seeded", "reset takes") or not check_twin(self._silent(two), traces, findings):
+        if findings.has("world", "reset takes"):
+            return "restarted"
+        own_seed = has_own_seed(one, traces[-1].seed)
+        if not check_twin(self._silent(two), traces, own_seed, findings):
             return "restarted"
         check_own_memory(self._fresh(), traces, findings)
-        check_seeds(self._silent(one), self._silent(two), actions, findings)
+        check_seeds(self._silent(one), self._silent(two), actions[:few], findings)
         repeats = check_fresh(self._fresh(), traces[-1], findings)
         if repeats:
-            check_neighbours(self._fresh(), self._fresh(), traces, findings)
-        if self.subject.source is not None and not any(found.severity == "error" for found in findings.all()):
-            check_autoreset(self.subject.source, self.watch, findings)
+            check_neighbours(self._fresh(), self._fresh(), traces, few, findings)
+        if self.subject.source is not None and not self._has_errors():
+            check_autoreset(self.subject.source, few, self.watch, findings)
         if check_state(self._fresh(), self._fresh(), traces, findings):
             return "exact"
         return "re-enacted" if repeats else "restarted"
@@ -234,6 +237,9 @@ class _Examination:
                         steps += 1
                         if (took_s := time.perf_counter() - start_s) > _TIMED_S:
                             return took_s / steps
+
+    def _has_errors(self) -> bool:
+        return any(finding.severity == "error" for finding in self.findings.all())
 
     def _silent(self, env: gymnasium.Env) -> Player:
         return Player(env, None, self.watch)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium import spaces
 
 from rlfeed.testing.environments import LATE_STEP, HealthyEnv
@@ -19,12 +20,14 @@ from rlfeed.testing.failing import (
     CannotBeClosedTwice,
     CannotBeMade,
     ChangesActionSpace,
+    ChangesFolder,
     Crashes,
     EmptyMask,
     EndsTheProcess,
     Hangs,
     MaskAtResetOnly,
     NoActionSpace,
+    RaisesAtEdge,
     RaisesLater,
     ShortMask,
     StateOneWay,
@@ -105,6 +108,13 @@ class DiscreteOutside(HealthyEnv):
 
     def _observe(self) -> Any:
         return min(self._step, LATE_STEP)
+
+
+class TensorObservation(HealthyEnv):
+    """Return a tensor."""
+
+    def _observe(self) -> Any:
+        return torch.from_numpy(super()._observe())
 
 
 class ArrayReward(HealthyEnv):
@@ -235,6 +245,13 @@ class TakesNoSeed(HealthyEnv):
         return super().reset()
 
 
+class NeedsSeed(HealthyEnv):
+    """Compute with the seed, which may be None."""
+
+    def _seed(self, seed: int | None) -> None:
+        super()._seed(seed + 1)  # pyright: ignore[reportOptionalOperand]
+
+
 class OwnEntropy(HealthyEnv):
     """Draw from a generator of its own, which no seed reaches."""
 
@@ -304,12 +321,13 @@ BROKEN: dict[str, tuple[Callable[[], gymnasium.Env], str]] = {
     "reset outside space": (ResetOutsideSpace, "observation[0] is -7.0, outside -1.0 to 1.0"),
     "missing key": (MissingKey, 'observation["arm"] has the keys [\'left\']'),
     "Discrete outside": (DiscreteOutside, "observation is 4, outside 0 to 3"),
+    "tensor observation": (TensorObservation, "observation is a torch.Tensor"),
     "array reward": (ArrayReward, "reward must be a scalar, got shape (1,)"),
     "NaN reward": (NaNReward, "reward is nan"),
     "no reward": (NoReward, "reward is None, a NoneType"),
     "integer flags": (IntegerFlags, "terminated is 0, a int"),
     "four values": (FourValues, "step() returned 4 values"),
-    "bare reset": (BareReset, "reset() returned a ndarray alone"),
+    "bare reset": (BareReset, "reset() returned a ndarray"),
     "no info": (NoInfo, "info of "),
     "success in words": (SuccessInWords, "info[\"is_success\"] is 'yes'"),
     "reuses array": (ReusesArray, "step() wrote into the observation that it had returned before"),
@@ -319,11 +337,14 @@ BROKEN: dict[str, tuple[Callable[[], gymnasium.Env], str]] = {
     "seeds the world": (SeedsTheWorld, "reset() uses NumPy's np.random"),
     "forgets seed": (ForgetsSeed, "self.np_random is used and was not seeded"),
     "takes no seed": (TakesNoSeed, "takes no seed"),
+    "needs seed": (NeedsSeed, "raised TypeError: unsupported operand"),
     "own entropy": (OwnEntropy, "the same seed and actions gave something else in a second environment"),
     "constant seed": (ConstantSeed, "began the same episode"),
     "new entropy": (NewEntropy, "is not decided by the seed of the reset before it"),
     "shares its state": (SharesItsState, "two environments stepped in turn disturb each other"),
     "raises later": (RaisesLater, "step() raised ZeroDivisionError"),
+    "raises at the edge": (RaisesAtEdge, "step() raised IndexError for the action ["),
+    "changes folder": (ChangesFolder, "step() changes the working directory"),
     "calls exit": (CallsExit, "step() raised SystemExit"),
     "ends the process": (EndsTheProcess, "the process ended with exit code 3"),
     "crashes": (Crashes, "the process was killed by SIGSEGV"),

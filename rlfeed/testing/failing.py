@@ -22,6 +22,22 @@ class RaisesLater(HealthyEnv):
         self._speed = 1 // int(self._step < LATE_STEP)
 
 
+class RaisesAtEdge(HealthyEnv):
+    """Have one gear too few for the greatest action of all."""
+
+    def _move(self, action: Any) -> None:
+        self._gear = ("low", "high")[int(1 + action[0])]
+        super()._move(action)
+
+
+class ChangesFolder(HealthyEnv):
+    """Go to another working directory."""
+
+    def _move(self, action: Any) -> None:
+        super()._move(action)
+        os.chdir("/")
+
+
 class CallsExit(HealthyEnv):
     """Call ``sys.exit`` in a later step."""
 

@@ -87,7 +87,7 @@ def check_interface(env: gymnasium.Env, findings: Findings) -> None:
             expected="reset(seed=...)", fix="Seed in reset(): super().reset(seed=seed).",
         )
     metadata = getattr(env, "metadata", None) or {}
-    modes, mode = metadata.get("render_modes", []), getattr(inner, "render_mode", None)
+    modes, mode = metadata.get("render_modes") or [], getattr(inner, "render_mode", None)
     if mode is not None and mode not in modes:
         findings.note(
             "render mode", "", f"render_mode is {mode!r}, which metadata does not list: {modes}",
@@ -100,23 +100,18 @@ def check_interface(env: gymnasium.Env, findings: Findings) -> None:
         )
 
 
-def check_generator(env: gymnasium.Env, seed: int | None, findings: Findings) -> None:
-    """Check that ``reset`` handed its seed to Gymnasium, where the environment draws from ``np_random``.
+def has_own_seed(env: gymnasium.Env, seed: int | None) -> bool:
+    """Tell whether an environment draws from a ``np_random`` whose seed is another one than ``reset`` was given.
 
     Args:
         env: The environment, after ``reset(seed=seed)``.
         seed: The seed.
-        findings: What to add to.
+
+    Returns:
+        True where ``reset`` has not handed it to Gymnasium.
     """
     inner = env.unwrapped
-    if getattr(inner, "_np_random", None) is None or getattr(inner, "_np_random_seed", None) == seed:
-        return
-    if not takes(inner.reset, "seed"):
-        return
-    findings.error(
-        "not seeded", f"reset(seed={seed})", "self.np_random is used and was not seeded",
-        expected="super().reset(seed=seed) as the first line of reset()", fix="Call it there.",
-    )
+    return getattr(inner, "_np_random", None) is not None and getattr(inner, "_np_random_seed", None) != seed
 
 
 def check_in_worker(

@@ -13,15 +13,15 @@ from rlfeed.envs.source import EnvSource
 from rlfeed.nest import map_nest, stack
 from rlfeed.specs import mask_sizes
 
-_STEPS = 50
 _NUM_ENVS = 2
 
 
-def check_autoreset(source: EnvSource, watch: Watch, findings: Findings) -> None:
+def check_autoreset(source: EnvSource, steps: int, watch: Watch, findings: Findings) -> None:
     """Check that the same steps come out in every autoreset mode.
 
     Args:
         source: What makes the environment.
+        steps: How many to take.
         watch: Told which call is on its way.
         findings: What to add to.
     """
@@ -29,14 +29,14 @@ def check_autoreset(source: EnvSource, watch: Watch, findings: Findings) -> None
     modes: tuple[Autoreset, ...] = ("same_step", "next_step", "disabled")
     for mode in modes:
         try:
-            with watch.call(f"two environments in autoreset mode {mode}"), quiet():
-                played = _play(source, mode)
+            with quiet():
+                played = _play(source, mode, steps, watch)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         else:
             first = first or played
-            steps = (pair for rows in zip(first, played, strict=True) for pair in zip(*rows, strict=False))
-            problem = next((found for then, now in steps if (found := difference(then, now))), None)
+            pairs = (pair for rows in zip(first, played, strict=True) for pair in zip(*rows, strict=False))
+            problem = next((found for then, now in pairs if (found := difference(then, now))), None)
         if problem is not None:
             findings.error(
                 "autoreset", f"autoreset mode {mode}", f"the steps are not those of mode {modes[0]}: {problem}",
@@ -46,26 +46,30 @@ def check_autoreset(source: EnvSource, watch: Watch, findings: Findings) -> None
             return
 
 
-def _play(source: EnvSource, mode: Autoreset) -> list[list[tuple[Any, ...]]]:
+def _play(source: EnvSource, mode: Autoreset, count: int, watch: Watch) -> list[list[tuple[Any, ...]]]:
     """Play environments side by side; give the steps of each."""
-    envs = make_envs(
-        source.target, _NUM_ENVS, kwargs=source.kwargs, wrappers=source.wrappers, mode="sync", autoreset=mode
-    )
+    place = f"two environments in autoreset mode {mode}"
+    with watch.call(place):
+        envs = make_envs(
+            source.target, _NUM_ENVS, kwargs=source.kwargs, wrappers=source.wrappers, mode="sync", autoreset=mode
+        )
     actions = [copy.deepcopy(envs.action_space) for _ in range(_NUM_ENVS)]
     for env_id, space in enumerate(actions):
         space.seed(FIRST_SEED + env_id)
     steps: list[list[tuple[Any, ...]]] = [[] for _ in range(_NUM_ENVS)]
-    ready = envs.reset(FIRST_SEED, [0] * _NUM_ENVS)
-    for _ in range(_STEPS):
+    with watch.call(place):
+        ready = envs.reset(FIRST_SEED, [0] * _NUM_ENVS)
+    for _ in range(count):
         acted = ready.env_ids
         masks: Any = ready.action_mask
         if masks is None and isinstance(ready.observation, dict) and mask_sizes(envs.action_space) is not None:
             masks = ready.observation.get(MASK)
         masks = [None] * len(acted) if masks is None else masks != 0
-        outcome = envs.step(stack([draw_action(actions[i], mask) for i, mask in zip(acted, masks, strict=True)]))
+        drawn = [draw_action(actions[env_id], mask) for env_id, mask in zip(acted, masks, strict=True)]
+        with watch.call(place):
+            outcome = envs.step(stack(drawn))
         values = (outcome.next_observation, outcome.reward, outcome.terminated, outcome.truncated)
         for row, env_id in enumerate(acted):
             steps[env_id].append(map_nest(lambda leaf, row=row: leaf[row], values))
         ready = outcome.ready
-    envs.close()
     return steps

@@ -100,20 +100,23 @@ class Player:
     def close(self) -> None:
         """Close the environment, twice, as a context manager inside a `finally` does."""
         for name in ("close()", "the second close()"):
-            self.step_in_episode, self.failure = 0, None
-            self._call(name, self.env.close)
+            self.failure = None
+            self._call(name, self.env.close, place="at the end")
+            if self.failure is not None:
+                return
 
-    def _call(self, name: str, call: Callable[[], Any], action: Any = None) -> Any:
+    def _call(self, name: str, call: Callable[[], Any], action: Any = None, place: str = "") -> Any:
+        place = place or self.place
         try:
-            with self._watch.call(f"{self.place}, in {name}"), quiet() as printed:
+            with self._watch.call(f"{place}, in {name}"), quiet() as printed:
                 result = call()
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # Ctrl-C itself does not come here
             self.failure = f"{type(error).__name__}: {error}"
             if self._findings is not None:
                 given = "" if action is None else f" for the action {_short(action)} (a {type(action).__name__})"
                 self._findings.error(
                     ("raised", name.partition("(")[0], type(error)),
-                    self.place,
+                    place,
                     f"{name} raised {type(error).__name__}{given}: {error}",
                     expected="no error for any action of action_space",
                     fix=f"Mend it; its own traceback:\n{own_traceback(error)}",
@@ -122,7 +125,7 @@ class Player:
         if self._findings is not None and (text := printed.getvalue().strip()):
             self._findings.note(
                 "prints",
-                self.place,
+                place,
                 f"{name} printed {text.splitlines()[0][:60]!r}",
                 expected="silence: a run makes millions of steps",
                 fix="Take the print away, or use logging.",
@@ -156,7 +159,8 @@ def observation_of(result: Any) -> Any:
     Returns:
         The observation.
     """
-    return result[0] if isinstance(result, tuple) and len(result) == 2 else result
+    pair = isinstance(result, tuple | list) and len(result) == 2
+    return result[0] if pair and (isinstance(result, tuple) or isinstance(result[1], dict)) else result
 
 
 def step_values(result: Any) -> tuple[Any, Any, Any, Any]:
@@ -254,7 +258,10 @@ def _same(before: Any, now: Any) -> bool:
     if isinstance(before, _NUMBERS) and isinstance(now, _NUMBERS):
         a, b = np.asarray(before), np.asarray(now)
         return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-    return type(before) is type(now) and bool(np.all(before == now))
+    try:
+        return type(before) is type(now) and bool(np.all(np.asarray(before) == np.asarray(now)))
+    except Exception:  # whatever it is, it was told already that it is no array
+        return True
 
 
 def _short(value: Any) -> str:

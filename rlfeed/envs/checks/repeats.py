@@ -17,15 +17,15 @@ from rlfeed.nest import leaves
 
 _OTHER_SEED = FIRST_SEED + 100
 _SEVERAL = 12
-_MANY_STEPS = 50
 
 
-def check_twin(player: Player, traces: Sequence[Trace], findings: Findings) -> bool:
+def check_twin(player: Player, traces: Sequence[Trace], own_seed: bool, findings: Findings) -> bool:
     """Check that another environment of the same making plays the same episodes.
 
     Args:
         player: Of a fresh environment, without findings of its own.
         traces: What the first one played.
+        own_seed: Whether its ``np_random`` has another seed than its reset was given.
         findings: What to add to.
 
     Returns:
@@ -35,6 +35,12 @@ def check_twin(player: Player, traces: Sequence[Trace], findings: Findings) -> b
     if different is None:
         return True
     place, problem = different
+    if own_seed:
+        findings.error(
+            "not seeded", place, f"self.np_random is used and was not seeded: a second environment gave {problem}",
+            expected="super().reset(seed=seed) as the first line of reset()", fix="Call it there.",
+        )
+        return False
     findings.error(
         "repeat", place, f"the same seed and actions gave something else in a second environment: {problem}",
         expected="reset(seed=...) decides everything: the same bits every time",
@@ -103,7 +109,6 @@ def check_seeds(one: Player, two: Player, actions: Sequence[Any], findings: Find
         actions: What to do in every episode, until it ends.
         findings: What to add to.
     """
-    actions = actions[:_MANY_STEPS]
     seeded = False
     first = None
     for seed in range(_OTHER_SEED, _OTHER_SEED + _SEVERAL):
@@ -120,6 +125,13 @@ def check_seeds(one: Player, two: Player, actions: Sequence[Any], findings: Find
     first, goes_on = None, False
     for count in range(_SEVERAL):
         episode, twin = (_episode(player, None, actions) for player in (one, two))
+        if one.failure is not None and not one.step_in_episode:
+            findings.error(
+                "no seed", "reset() without a seed", f"raised {one.failure}",
+                expected="seed=None, which is its default, goes on with the generator",
+                fix="Pass the seed on as it is, super().reset(seed=seed), and draw from self.np_random.",
+            )
+            return
         if _differ(episode, twin):
             findings.error(
                 "fresh entropy", "reset() without a seed", "is not decided by the seed of the reset before it",
@@ -139,17 +151,18 @@ def check_seeds(one: Player, two: Player, actions: Sequence[Any], findings: Find
         )
 
 
-def check_neighbours(one: Player, two: Player, traces: Sequence[Trace], findings: Findings) -> None:
+def check_neighbours(one: Player, two: Player, traces: Sequence[Trace], steps: int, findings: Findings) -> None:
     """Check that two environments of one process, stepped in turn, leave each other alone.
 
     Args:
         one: Of an environment, without findings of its own.
         two: Of another one.
-        traces: What was played; the first two are played at once.
+        traces: What was played; the first and the last are played at once.
+        steps: How many of their steps.
         findings: What to add to.
     """
     pairs = [(one, traces[0], traces[0].returned), (two, traces[-1], traces[-1].returned)]
-    for index in range(min(_MANY_STEPS, *(len(returned) for _, _, returned in pairs))):
+    for index in range(min(steps, *(len(returned) for _, _, returned in pairs))):
         for player, trace, returned in pairs:
             result = player.step(copy.deepcopy(trace.actions[index - 1])) if index else player.reset(trace.seed)
             seen = (step_values(result) if index else (observation_of(result),)) if player.failure is None else ()

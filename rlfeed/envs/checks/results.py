@@ -24,7 +24,7 @@ def check_reset_result(result: Any, place: str, findings: Findings) -> dict[str,
     """
     if isinstance(result, tuple) and len(result) == 2:
         return _check_info(result[1], "reset()", place, findings)
-    got = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__} alone"
+    got = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__}"
     findings.error(
         "reset values", place, f"reset() returned {got}",
         expected="the pair (observation, info), info a dict", fix="Return observation, {}.",

@@ -160,6 +160,12 @@ def _check_array(name: str, space: Any, value: Any, place: str, findings: Findin
             expected=f"a NumPy array of {space.dtype}: it is converted in every step",
             fix=f"Return np.array(..., np.{space.dtype}).",
         )
+    elif not isinstance(value, np.ndarray | np.generic | int | float):
+        findings.error(
+            ("type", kind), where, f"{name} is a {type(value).__module__}.{_kind(value)}",
+            expected="a NumPy array, or a number where the space has no shape", fix="Return np.asarray(...) of it.",
+        )
+        return
     try:
         array = np.asarray(value)
     except ValueError:

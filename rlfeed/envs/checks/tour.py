@@ -9,16 +9,18 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium import spaces
 
 from rlfeed.envs.checks.findings import Findings
 from rlfeed.envs.checks.plays import Player, Trace, is_set, observation_of, step_values
 from rlfeed.envs.checks.results import MaskCheck, check_reset_result, check_step_result, draw_action
 from rlfeed.envs.checks.spaces import KINDS, check_observation
-from rlfeed.envs.checks.world import WorldGenerators
+from rlfeed.envs.checks.world import World
 from rlfeed.nest import Path, describe, leaves
 
-FIRST_SEED = 1000
+FIRST_SEED = 2_000_000_004  # of the size that the seeds of runs have
 _PATIENCE_S = 60.0
+_SOME_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,23 @@ class Tour:
     Args:
         traces: Its episodes.
         steps: Of all of them.
+        step_s: What a step took, with all checks.
         masked: Whether the environment tells which actions are allowed.
     """
 
     traces: list[Trace]
     steps: int
+    step_s: float
     masked: bool
+
+    @property
+    def few(self) -> int:
+        """Say how many steps are few: a slow environment is not to be played for minutes more.
+
+        Returns:
+            5 to 50.
+        """
+        return int(min(50, max(5, _SOME_S / self.step_s)))
 
 
 def take_tour(player: Player, findings: Findings, episodes: int, max_steps: int) -> Tour:
@@ -52,8 +65,9 @@ def take_tour(player: Player, findings: Findings, episodes: int, max_steps: int)
     spaces_before = {kind: copy.deepcopy(getattr(env, kind)) for kind in KINDS}
     actions = copy.deepcopy(env.action_space)  # its generator is the environment's, which may use it
     actions.seed(FIRST_SEED)
-    masks, world = MaskCheck(env.action_space, findings), WorldGenerators(findings)
-    stop_s = time.monotonic() + _PATIENCE_S
+    masks, world = MaskCheck(env.action_space, findings), World(findings)
+    start_s = time.monotonic()
+    stop_s = start_s + _PATIENCE_S
     traces: list[Trace] = []
     masked = False
     for episode in range(episodes):
@@ -64,7 +78,8 @@ def take_tour(player: Player, findings: Findings, episodes: int, max_steps: int)
                 world.compare("reset()", player.place)
             mask = masks.read(observation, info, player.place)
             masked |= mask is not None
-            trace.actions.append(draw_action(actions, mask))
+            action = draw_action(actions, mask)
+            trace.actions.append(_at_edge(actions, action) if episode % 2 else action)
         world.compare("step()" if trace.returned else "reset()", player.place)
         for kind, before in spaces_before.items():
             if getattr(env, kind) != before:
@@ -73,7 +88,19 @@ def take_tour(player: Player, findings: Findings, episodes: int, max_steps: int)
                     expected="the same space as long as the environment lives",
                     fix="Leave the spaces alone after the constructor.",
                 )
-    return Tour(traces, sum(len(trace.returned) - 1 for trace in traces if trace.returned), masked)
+    steps = sum(len(trace.returned) - 1 for trace in traces if trace.returned)
+    return Tour(traces, steps, (time.monotonic() - start_s) / max(steps, 1), masked)
+
+
+def _at_edge(space: Any, action: Any) -> Any:
+    """Push an action to the nearest corner of its Box, where an index or a root is most likely to fail."""
+    if isinstance(space, spaces.Dict):
+        return {key: _at_edge(part, action[key]) for key, part in space.spaces.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(_at_edge(part, action[index]) for index, part in enumerate(space.spaces))
+    if isinstance(space, spaces.Box) and space.is_bounded("both"):
+        return np.where(action >= space.low / 2 + space.high / 2, space.high, space.low).astype(space.dtype)
+    return action
 
 
 def _episode(
@@ -165,11 +192,16 @@ def check_ends(env: gymnasium.Env, tour: Tour, max_steps: int, findings: Finding
     played = [trace for trace in tour.traces if trace.failure is None]
     ended = [trace.returned[-1] for trace in played if trace.ended]
     place = f"{len(played)} episodes, {tour.steps} steps"
-    if len(ended) < len(played) and not limits:
+    if any(len(trace.actions) >= max_steps and not trace.ended for trace in played) and not limits:
         findings.note(
             "endless", place, f"an episode went on for {max_steps} steps and nothing limits it",
             expected="episodes that end: returns and curves are told per episode",
             fix="Register it with max_episode_steps=..., or wrap it in gymnasium.wrappers.TimeLimit.",
+        )
+    if any(len(trace.actions) < max_steps and not trace.ended for trace in played):
+        findings.note(
+            "slow", place, f"was left after {_PATIENCE_S:.0f} s, a step takes {1000 * tour.step_s:.0f} ms",
+            expected="whole episodes, to check them whole", fix="Check it with fewer --episodes as well.",
         )
     if not ended:
         return

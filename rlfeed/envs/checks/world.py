@@ -1,5 +1,6 @@
-"""Notice when an environment draws from random generators that belong to nobody, or seeds them."""
+"""Notice when an environment changes what belongs to the whole process: random generators, the working directory."""
 
+import os
 import random
 from typing import Any
 
@@ -11,8 +12,8 @@ from rlfeed.envs.checks.findings import Findings
 _OWNERS = {"random": "Python's random", "numpy": "NumPy's np.random", "torch": "torch's default generator"}
 
 
-class WorldGenerators:
-    """Compare the world's random generators with how they were.
+class World:
+    """Compare the world with how it was.
 
     Args:
         findings: What to add to.
@@ -21,9 +22,10 @@ class WorldGenerators:
     def __init__(self, findings: Findings) -> None:
         self._findings = findings
         self._states = _states()
+        self._folder = os.getcwd()  # noqa: PTH109
 
     def compare(self, call: str, place: str) -> None:
-        """See whether one has moved since the last time.
+        """See whether something has changed since the last time.
 
         Args:
             call: What was called meanwhile.
@@ -39,6 +41,14 @@ class WorldGenerators:
                     "so on; never seed what others draw from.",
                 )
         self._states = states
+        folder = os.getcwd()  # noqa: PTH109 (text is what is shown)
+        if folder != self._folder:
+            self._findings.error(
+                "folder", place, f"{call} changes the working directory, from {self._folder} to {folder}",
+                expected="the directory that the run was started in",
+                fix="Use absolute paths, such as pathlib.Path(__file__).parent / 'level.txt'.",
+            )
+        self._folder = folder
 
 
 def _states() -> dict[str, Any]:

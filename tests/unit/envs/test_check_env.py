@@ -46,7 +46,7 @@ GROUPS = [
     ["integer flags"], ["four values"], ["bare reset"], ["NaN observation"], ["outside space"], ["reset outside space"],
     ["wide observation", "reuses array"], ["array reward", "NaN reward", "no reward"], ["no info", "success in words"],
     ["writes into action"], ["global NumPy", "global random", "forgets seed", "own entropy", "seeds the world"],
-    ["changes action space"], ["cannot be closed twice"], ["state one way"],
+    ["changes action space", "changes folder"], ["cannot be closed twice"], ["state one way"],
 ]  # fmt: skip
 
 
