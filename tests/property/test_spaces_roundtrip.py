@@ -68,9 +68,10 @@ class Echoes(gymnasium.Env):
     def step(self, action):
         if not self.action_space.contains(action):
             raise ValueError(action)
-        for (path, sampled), (place, part) in zip(leaves(self.action_space.sample()), leaves(action), strict=True):
-            if (path, type(sampled), sampled.dtype) != (place, type(part), part.dtype):
-                raise TypeError(f"{place}: {part!r}, where the space samples {sampled!r}")
+        parts = dict(leaves(action))
+        for path, sampled in leaves(self.action_space.sample()):
+            if (type(sampled), sampled.dtype) != (type(parts[path]), parts[path].dtype):
+                raise TypeError(f"{path}: {parts[path]!r}, where the space samples {sampled!r}")
         self.steps += 1
         return action, 0.0, False, self.steps == 3, {}
 
