@@ -51,6 +51,8 @@ RESUMABLE = (
     "eval_episodes",
     "checkpoint_every",
     "log_every",
+    "actors_ahead",
+    "publish_every",
     "num_workers",
     "device",
     "env.mode",
