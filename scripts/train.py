@@ -271,6 +271,7 @@ def _source(config: TrainConfig, parts: Parts, buffer: ReplayBuffer) -> Rollout 
         num_actors=config.actors,
         envs_per_actor=config.env.num_envs,
         seed=config.seed,
+        step_timeout_s=2 * config.env.step_timeout_s,  # a pool in an actor sees to its own environments first
     )
 
 

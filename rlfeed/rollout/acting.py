@@ -30,6 +30,7 @@ MakeEnvs = Callable[[int], Envs]
 MakePolicy = Callable[[int, int], tuple[Any, nn.Module]]
 PullEvery = int | Literal["episode"]
 VERSION_COLUMN = "policy_version"
+_NOT_OPEN = {"environments": "restarted", "memory": None, "episodes": None}  # all begin their next episodes
 _NAP_S = 0.001  # between looks at words that the learner writes
 _TELL_S = 0.05  # between messages about episodes
 
@@ -152,7 +153,6 @@ class _Actor:
             state["generator"] = np.random.Philox(key).state
             state["next_episodes"] = self._board.begun_of(job.actor).copy()
             rollout.load_state_dict(state)
-        rollout.restart()
 
     def run(self) -> None:
         """Step until told to stop."""
@@ -167,7 +167,7 @@ class _Actor:
             board.act(actor, HELD if command > RUN else WAITING)
             self._tell()
             if command > RUN and command != self._answered:
-                self._outbox.send(_message("held", command, self.rollout.state_dict()))
+                self._outbox.send(_message("held", command, self.rollout.state_dict() | _NOT_OPEN))
                 self._answered = command
             time.sleep(_NAP_S)
         self._writer.close()
