@@ -1,14 +1,25 @@
 """A fault injector: environments that break in every way, through the public names only."""
 
 import itertools
+import multiprocessing
+import os
+import signal
+import threading
+import time
 import warnings
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from support.breaking import ACTIONS, DEADLY, LENGTH, RAISING, BreakingEnv, Twin
 
-from rlfeed.envs import EnvSource, PoolEnvs
+from rlfeed.envs import EnvSource, PoolEnvs, episode_seed
+from rlfeed.errors import EnvFailedError
+from rlfeed.replay import Episode, ReplayBuffer, Sequence, Transition
+from rlfeed.rollout import Rollout
+from rlfeed.train.evaluate import evaluate
 
 
 @pytest.fixture(autouse=True)
@@ -110,3 +121,193 @@ def test_environments_that_break_by_plan_lose_what_the_slow_twin_says_and_no_mor
     assert len(caught) == len(envs.faults) == broke
     assert broke > 0 or num_envs < 4
     assert all("env" in str(warning.message) for warning in caught)
+
+
+# ------------------------------------------------------------------------------------------------- through the rollout
+
+
+def test_steps_of_environments_that_break_are_stored_whole_and_no_sample_joins_two_episodes():
+    """Invariants I1 to I3 under faults: from the pool through the rollout into samples of every unit."""
+    plan = random_plan(np.random.default_rng(7), 4, often=0.06)
+    envs = pool(plan, 4, 2)
+    buffer = ReplayBuffer(envs.observation_space, envs.action_space, capacity=4000, num_envs=4)
+    rollout = Rollout(envs, lambda observation: np.full(len(observation), 3), seed=0)
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        rollout.collect(buffer, steps=160)
+    twins = [Twin(rows, plan) for rows in ((0, 1), (2, 3))]
+    kept = []
+    while len(kept) < len(buffer):
+        kept += [(row, *step) for twin in twins for row, step in twin.step().items() if step[2] != "lost"]
+    lost = rollout.statistics.lost
+    assert lost > 5
+    assert rollout.env_steps == len(buffer) == len(kept)
+    assert rollout.statistics.episodes == sum(fate == "ended" for *_, fate in kept)
+    stored = {(row, episode, at) for row, episode, at, _ in kept}
+    assert len(stored) == len(kept)  # no seed was played twice
+    one = buffer.sample(2000, Transition(n_step=1))
+    before, after = one.observation.numpy(), one.next_observation.numpy()
+    assert (after[:, 2] == before[:, 2] + 1).all()
+    assert (after[:, :2] == before[:, :2]).all()
+    assert (one.terminated.numpy() == (after[:, 2] == LENGTH)).all()
+    assert {tuple(row) for row in after[:, :3].astype(int).tolist()} == stored
+    for unit in (Sequence(4, burn_in=2), Sequence(4, boundary="strict"), Episode(), Transition(n_step=3)):
+        batch = buffer.sample(300, unit)
+        seen = batch.observation.numpy()
+        if isinstance(unit, Transition):
+            seen = np.stack([seen, batch.next_observation.numpy()], 1)
+            assert (seen[:, 0, :2] == seen[:, 1, :2]).all()
+            continue
+        for observations, length in zip(seen, batch.lengths.tolist(), strict=True):
+            steps = observations[: length + 1]
+            assert (steps[:, :2] == steps[0, :2]).all()
+            assert (np.diff(steps[:, 2]) == 1).all()
+    rollout.close()
+
+
+def test_evaluation_plays_its_quota_in_whole_episodes_whatever_breaks():
+    """Rollout 3A.10: lost and cut episodes are none, another one is played for each."""
+    plan = {}
+    for env, episode in itertools.product(range(4), range(0, 40, 2)):
+        plan[env, episode, 1 + (env + episode) % 4] = "kill" if env == 1 else "raise"
+    seeds = np.random.SeedSequence(0, spawn_key=(2,)).generate_state(1, np.uint64)
+    made = {episode_seed(int(seeds[0]), *both): both for both in itertools.product(range(4), range(40))}
+    with warnings.catch_warnings(record=True) as caught, pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("always")
+        patch.setattr("support.breaking.SEEDS", made)
+        result = evaluate(envs := pool(plan, 4, 2), lambda observation: np.full(len(observation), 1), episodes=10)
+    envs.close()
+    assert caught
+    assert result.lengths.tolist() == [LENGTH] * 10
+    assert result.returns.tolist() == [sum(at / 8 for at in range(1, LENGTH + 1))] * 10
+
+
+def test_run_that_is_given_up_ends_with_the_environments_own_traceback_and_can_be_closed():
+    """Rollout 3A.35."""
+    envs = pool({(1, episode, 2): "no text" for episode in range(40)}, 2, 2, max_restarts=2)
+    rollout = Rollout(envs, lambda observation: np.full(len(observation), 3))
+    with pytest.warns(RuntimeWarning) as caught, pytest.raises(EnvFailedError) as error:
+        list(itertools.islice(rollout, 20))
+    assert len(caught) == 2
+    assert "env 1 of 2, step 2 of its episode 2" in str(error.value)
+    assert "raise NoTextError" in str(error.value)
+    assert "broke 3 times in a row" in error.value.__notes__[0]
+    rollout.close()
+
+
+# ------------------------------------------------------------------------------------------------- what nobody listed
+
+
+def once(file):
+    """Be True in one call of all processes."""
+    try:
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+class Odd(BreakingEnv):
+    """Do one odd thing, once, in the third step of whoever comes first."""
+
+    def __init__(self, how, file):
+        super().__init__()
+        self.how, self.file, self.parent = how, str(file), os.getppid()
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        if self.at == 3 and once(self.file):
+            return ODD[self.how](self, observation, reward, terminated, truncated, info)
+        return observation, reward, terminated, truncated, info
+
+
+class Unreadable:
+    """Raise whoever asks."""
+
+    def __array__(self, *_, **__):
+        raise ValueError("no array")
+
+    def __len__(self):
+        raise TypeError("no length")
+
+    __bool__ = __eq__ = __iter__ = __len__
+    __hash__ = None
+
+
+class Spoilt(np.ndarray):
+    def __array_finalize__(self, _):
+        self.note = lambda: None
+
+
+def with_memory_spent(env, *result):
+    raise MemoryError
+
+
+def without_end(env, *result):
+    return without_end(env, *result)
+
+
+def with_a_child_that_outlives_it(env, *result):
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,), daemon=False).start()
+    os._exit(5)
+
+
+def from_elsewhere(env, *result):
+    os.chdir("/")
+    os.environ.clear()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    os.write(1, b"x" * 1_000_000)
+    env.observation_space = env.action_space = None
+    return result
+
+
+ODD = {
+    "an observation that raises": lambda env, o, *rest: (Unreadable(), *rest),
+    "a reward that raises": lambda env, o, r, *rest: (o, Unreadable(), *rest),
+    "a flag that raises": lambda env, o, r, t, *rest: (o, r, Unreadable(), *rest),
+    "an observation of torch": lambda env, o, *rest: (torch.from_numpy(o), *rest),
+    "a list": lambda env, o, *rest: (o.tolist(), *rest),
+    "a subclass": lambda env, o, *rest: (o.view(Spoilt), *rest),
+    "big-endian": lambda env, o, *rest: (o.astype(">f4"), *rest),
+    "every second number": lambda env, o, *rest: (np.repeat(o, 2)[::2], *rest),
+    "numbers that cannot be written": lambda env, o, *rest: (np.broadcast_to(o, o.shape), *rest),
+    "a reward of NumPy": lambda env, o, r, *rest: (o, np.float32(r), *rest),
+    "a reward array": lambda env, o, r, *rest: (o, np.array(r), *rest),
+    "a fraction": lambda env, o, r, *rest: (o, Fraction(3, 8), *rest),
+    "a reward of torch": lambda env, o, r, *rest: (o, torch.tensor(r), *rest),
+    "flags of NumPy": lambda env, o, r, t, u, i: (o, r, np.bool_(t), np.array(u), i),
+    "flags that are numbers": lambda env, o, r, t, u, i: (o, r, 0, 0, i),
+    "no info": lambda env, *result: (*result[:4], None),
+    "an info that raises": lambda env, *result: (*result[:4], {"is_success": Unreadable()}),
+    "a huge info": lambda env, *result: (*result[:4], {"all": np.zeros(10**7)}),
+    "nothing": lambda env, *result: None,
+    "memory": with_memory_spent,
+    "recursion": without_end,
+    "a child": with_a_child_that_outlives_it,
+    "everything of the process": from_elsewhere,
+    "closed files": lambda env, *result: os.closerange(0, 400) or result,
+}
+HARMLESS = {
+    "an observation of torch", "a list", "a subclass", "big-endian", "every second number", "a reward of NumPy",
+    "numbers that cannot be written", "a reward array", "flags of NumPy", "no info", "an info that raises",
+    "a huge info", "everything of the process",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ODD)
+def test_odd_thing_of_one_environment_is_harmless_or_named_and_nobody_elses_trouble(how, tmp_path, capfd):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        envs = PoolEnvs(EnvSource(partial(Odd, how, tmp_path / "once")), 2, 2, context="fork")
+        fates = play(envs, 12)
+    envs.close()
+    odd = [row for row in fates if any(fate in ("lost", "cut") for *_, fate in fates[row])]
+    assert len(odd) == len(caught) == len(envs.faults) == (how not in HARMLESS)
+    for warning in caught:
+        assert f"env {odd[0]}" in str(warning.message) or f"environments {odd[0]} to" in str(warning.message)
+    whole = [(e, t, "ended" if t == LENGTH else "") for e in range(3) for t in range(1, LENGTH + 1)][:12]
+    assert all(fates[row] == whole for row in fates if row not in odd)
