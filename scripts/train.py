@@ -27,6 +27,7 @@ from torch import nn
 
 from agents.config import EnvConfig, TrainConfig, differences, to_dict
 from rlfeed.envs import Envs, NormalizedEnvs
+from rlfeed.envs.foreign import PETTINGZOO
 from rlfeed.envs.wrappers import absolute_wrapper
 from rlfeed.errors import ConfigError, RunDirectoryError
 from rlfeed.feed.device import choose_device
@@ -170,7 +171,7 @@ def _new_buffer(config: TrainConfig, envs: Envs, storage: str = "shared") -> Rep
         envs.observation_space,
         envs.action_space,
         capacity=config.capacity,
-        num_envs=config.env.num_envs * max(config.actors, 1),
+        num_envs=_rows(config, envs) * max(config.actors, 1),
         extras=versions if config.actors else {},
         storage=storage,  # pyright: ignore[reportArgumentType]
         seed=config.seed,
@@ -259,6 +260,11 @@ def _train(
     return 0
 
 
+def _rows(config: TrainConfig, envs: Envs) -> int:
+    """Count the rows of one process: more than environments, where each has several agents."""
+    return config.env.num_envs * envs.num_envs if config.actors else envs.num_envs
+
+
 def _source(config: TrainConfig, parts: Parts, buffer: ReplayBuffer) -> Rollout | Actors:
     if not config.actors:
         return Rollout(parts.envs, parts.agent.policy, seed=config.seed)
@@ -269,7 +275,7 @@ def _source(config: TrainConfig, parts: Parts, buffer: ReplayBuffer) -> Rollout 
         buffer,
         Weights(acting_module(parts.agent)),
         num_actors=config.actors,
-        envs_per_actor=config.env.num_envs,
+        envs_per_actor=_rows(config, parts.envs),
         seed=config.seed,
         step_timeout_s=2 * config.env.step_timeout_s,  # a pool in an actor sees to its own environments first
     )
@@ -312,8 +318,9 @@ def _describe(preset: str, config: TrainConfig, parts: Parts, buffer: ReplayBuff
 
 def _absolute(env_id: str) -> str:
     """Name a file from anywhere: a run may be resumed from another directory."""
-    file, colon, name = env_id.partition(".py")
-    return f"{Path(file + colon).resolve()}{name}" if colon else env_id
+    prefix = PETTINGZOO if env_id.startswith(PETTINGZOO) else ""
+    file, colon, name = env_id.removeprefix(prefix).partition(".py")
+    return f"{prefix}{Path(file + colon).resolve()}{name}" if colon else env_id
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def make_envs(
     applied = tuple(map(as_wrapper, wrappers))
     foreign = foreign_envs(id_or_callable, num_envs, dict(kwargs or {}), applied, first_env_id)
     if foreign is not None:
-        if mode != "auto" or layout != "auto" or min_ready is not None:
+        if mode not in ("auto", "serial") or layout != "auto" or min_ready is not None:
             raise ConfigError(
                 f"make_envs: mode is {mode!r}, layout {layout!r} and min_ready {min_ready!r}; expected none of them "
                 f"for {foreign.name}. Leave them out."

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from support.foreign_envs import Troop
+from support.scripts import train_script
 
 from rlfeed.envs import ParallelEnvs, as_envs, episode_seed, make_envs
 from rlfeed.errors import ConfigError, EnvContractError, EnvFailedError, EnvMakeError, EnvNotFoundError
@@ -238,6 +239,26 @@ def test_make_envs_pettingzoo_what_is_wrong_is_named(zoo):
         make_envs(f"pettingzoo:{zoo}:other")
     with pytest.raises(ConfigError, match=r"is a Troop of PettingZoo; .*give ParallelEnvs\("):
         make_envs(lambda: Troop(), mode="sync")
+
+
+@pytest.mark.parametrize(
+    ("env_id", "absolute"),
+    [
+        ("pettingzoo:zoo.py:other", "pettingzoo:{}/zoo.py:other"),
+        ("zoo.py:Env", "{}/zoo.py:Env"),
+        ("pettingzoo:butterfly/pistonball-v6", "pettingzoo:butterfly/pistonball-v6"),
+    ],
+)
+def test_train_script_file_of_a_parallel_environment_is_named_from_anywhere(env_id, absolute, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train_script._absolute(env_id) == absolute.format(tmp_path)
+
+
+def test_train_script_agents_are_rows_of_the_buffer(zoo, tmp_path):
+    run = tmp_path / "run"
+    argv = ["dqn", "--env.id", f"pettingzoo:{zoo}", "--total-steps", "120", "--run-dir", str(run)]
+    assert train_script.main([*argv, "--eval-episodes", "3", "--learning-starts", "12"]) == 0
+    assert (run / "DONE").exists()
 
 
 # The real package, where it is installed.
