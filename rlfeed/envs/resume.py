@@ -211,7 +211,7 @@ class Diary:
         """Reduce what came with each step to 64 bits: a sum of its words, each with a weight of its own."""
         parts = [*zip(*([leaf for _, leaf in leaves(o)] for o in observations), strict=True), rewards]
         total = np.zeros(rows, np.uint64)
-        for number, part in enumerate(parts):
+        for number, part in enumerate(part for part in parts if part[0].size):
             flat = np.ascontiguousarray(np.concatenate(part)).reshape(rows, -1)
             nbytes = flat.shape[1] * flat.itemsize
             width = next(size for size in (8, 4, 2, 1) if nbytes % size == 0)

@@ -92,6 +92,13 @@ TAGS: dict[str, Tag] = {
             "The greedy policy is stuck where exploration is not: train longer or evaluate more episodes.",
         ),
         Tag(
+            "eval/success_rate",
+            "1",
+            "Mean of what infos told of success (is_success) at the ends of one evaluation's episodes.",
+            "Falls while eval/mean_reward rises.",
+            "The reward pays for something else than success: look at its parts.",
+        ),
+        Tag(
             "feed/wait_ms",
             "ms",
             "Mean time for which the learner waited for a batch.",
@@ -141,11 +148,39 @@ TAGS: dict[str, Tag] = {
             "Explore for a larger part of the run.",
         ),
         Tag(
+            "rollout/success_rate",
+            "1",
+            "Mean of what infos told of success (is_success), over the last 100 training episodes.",
+            "Falls while rollout/ep_rew_mean rises.",
+            "The reward pays for something else than success: look at its parts.",
+        ),
+        Tag(
+            "time/environments_fps",
+            "env steps / s",
+            "Environment steps per second of the time that the environments themselves took, since the last value.",
+            "Not far above time/fps: the environments are what the run waits for.",
+            "Step them in several processes (mode='pool'), or use actors.",
+        ),
+        Tag(
             "time/fps",
             "env steps / s",
             "Environment steps per second since the last value, learning included.",
             "Falls while the run goes on.",
             "See feed/wait_ms and time/updates_per_s for the side that slowed down.",
+        ),
+        Tag(
+            "time/policy_fps",
+            "env steps / s",
+            "Environment steps per second of the time in which actions were decided, since the last value.",
+            "Not far above time/fps: acting is what the run waits for.",
+            "Step more environments at once, or act with a smaller network.",
+        ),
+        Tag(
+            "time/rest_fps",
+            "env steps / s",
+            "Environment steps per second of all other time: storing, learning, logging, since the last value.",
+            "Not far above time/fps: the learner is what the run waits for.",
+            "See feed/wait_ms and time/updates_per_s.",
         ),
         Tag(
             "time/updates_per_s",

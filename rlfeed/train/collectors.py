@@ -1,5 +1,6 @@
 """Where a loop's env steps come from: a rollout in its own process, or actors in theirs."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -91,6 +92,7 @@ class RolloutCollector:
     def __init__(self, rollout: Rollout, buffer: ReplayBuffer, random_steps: int) -> None:
         self._rollout, self._buffer, self._random_steps = rollout, buffer, random_steps
         self.statistics = rollout.statistics
+        self._last = rollout.timing()
 
     @property
     def env_steps(self) -> int:
@@ -116,8 +118,9 @@ class RolloutCollector:
         """Do nothing: it acts with the weights themselves; see `Collector`."""
 
     def scalars(self) -> dict[str, float]:
-        """Say nothing; see `Collector`."""
-        return {}
+        """Give the speed of each stage; see `Collector`."""
+        last, self._last = self._last, self._rollout.timing()
+        return {f"time/{stage}_fps": rate for stage, rate in self._last.rates(last).items() if math.isfinite(rate)}
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -344,6 +344,8 @@ class OffPolicyLoop:
         self.evaluation = self._evaluate(_Stoppable(self.agent.policy, self._stop))
         self.logger.scalar("eval/mean_reward", self.evaluation.mean, self.env_steps)
         self.logger.scalar("eval/mean_ep_length", float(self.evaluation.lengths.mean()), self.env_steps)
+        if self.evaluation.success is not None:
+            self.logger.scalar("eval/success_rate", self.evaluation.success, self.env_steps)
 
     def _log(self) -> None:
         now_s, env_steps, statistics = time.perf_counter(), self.env_steps, self._collector.statistics
@@ -362,6 +364,8 @@ class OffPolicyLoop:
         if statistics.window:
             scalars["rollout/ep_rew_mean"] = statistics.mean_return
             scalars["rollout/ep_len_mean"] = statistics.mean_length
+        if not math.isnan(success := statistics.mean_success):
+            scalars["rollout/success_rate"] = success
         if updates:
             scalars["time/updates_per_s"] = updates / elapsed_s
             scalars["feed/wait_ms"] = 1e3 * waited_s / updates

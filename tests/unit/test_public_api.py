@@ -23,7 +23,7 @@ SIGNATURES = {
     "num_envs=1, initial_carry=None, on_fault='raise', max_restarts=5, name=None)",
     "Rollout": "(envs, policy, *, seed=0, mode='explore', actions='strict')",
     "evaluate": "(envs, policy, *, episodes=20, seed=0, mode='greedy', actions='strict')",
-    "Evaluation": "(returns, lengths, mean, std)",
+    "Evaluation": "(returns, lengths, mean, std, *, success=None)",
     "ReplayBuffer": "(observation_space, action_space, *, capacity, num_envs=1, sampler=Uniform(), extras={}, "
     "frame_stack=1, carry_every=1, storage='shared', path=None, seed=0)",
     "Hindsight": "(strategy, fraction, reward_fn)",

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from support.known_streams import AUTORESETS, act, identifiable_envs
+from support.scripted_envs import ScriptedEnvs
 
 from rlfeed.envs import SerialEnvs, make_envs
 from rlfeed.errors import ConfigError
@@ -68,3 +69,45 @@ def test_evaluate_takes_a_module_and_a_single_environment():
 def test_evaluate_wrong_argument_is_named(arguments, part):
     with pytest.raises(ConfigError, match=part):
         evaluate(ConstantRewardEnv(), act, **arguments)
+
+
+class Tells(ConstantRewardEnv):
+    """Succeeds in every second episode."""
+
+    episode = -1
+
+    def reset(self, *, seed=None, options=None):
+        self.episode += 1
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        *result, _ = super().step(action)
+        return *result, {"is_success": self.episode % 2 == 0} if result[3] else {}
+
+
+@pytest.mark.parametrize("mode", ["serial", "sync"])
+def test_evaluate_success_is_the_mean_of_what_infos_told(mode):
+    assert evaluate(make_envs(Tells, 2, mode=mode), lambda o: np.ones(len(o), int), episodes=6).success == 2 / 3
+    assert evaluate(ConstantRewardEnv(), lambda o: np.ones(len(o), int), episodes=2).success is None
+
+
+def test_evaluate_episode_that_does_not_end_is_told_of(monkeypatch):
+    monkeypatch.setattr("rlfeed.train.evaluate._ENDLESS", 40)
+    with pytest.warns(RuntimeWarning, match="no episode of ConstantRewardEnv ended within 40 steps"):
+        assert evaluate(ConstantRewardEnv(length=50), lambda o: np.ones(len(o), int), episodes=1).mean == 50.0
+
+
+@pytest.mark.parametrize("event", ["lost", "cut"])
+def test_evaluate_episodes_that_were_broken_off_are_replaced(event):
+    # Of the first environment every second episode is broken off after one step; the others take three.
+    def script(call, env):
+        episode, step, _ = envs.place[env]
+        if env == 0 and episode % 2 == 0:
+            return event
+        return "terminated" if step == 2 else "step"
+
+    envs = ScriptedEnvs(2, script)
+    result = evaluate(envs, lambda o: np.zeros(len(o), int), episodes=4)
+    assert result.lengths.tolist() == [3] * 4
+    played = ((0, 1), (1, 0), (0, 3), (1, 1))
+    assert result.returns.tolist() == [sum(100 * env + 10 * episode + t for t in range(3)) for env, episode in played]
