@@ -92,7 +92,7 @@ class Crew:
                         "output says more."
                     )
 
-    def tell(self, worker: int, command: bytes, more: bytes = b"") -> None:
+    def tell(self, worker: int, command: bytes, more: Any = None) -> None:
         """Tell a worker to do something.
 
         Args:
@@ -104,8 +104,8 @@ class Crew:
         self.flying.add(worker)
         with suppress(OSError):  # it is dead: whoever waits for its answer will see
             os.write(self._pipes[worker][0].fileno(), command)
-            if more:
-                self._pipes[worker][0].send_bytes(more)
+            if more is not None:
+                self._pipes[worker][0].send(more)
 
     def wait(self, enough: int, only: Iterable[int] | None = None) -> list[int]:
         """Wait until workers have answered, have died, or had to be ended.

@@ -285,6 +285,18 @@ def capture(envs: Sequence[gymnasium.Env]) -> list[Any]:
     return [None if (found := _stateful(env)) is None else _own(found.get_state()) for env in envs]
 
 
+def offers_state(env: gymnasium.Env) -> bool:
+    """Say whether an environment can be saved.
+
+    Args:
+        env: The environment.
+
+    Returns:
+        True where it offers its state.
+    """
+    return _stateful(env) is not None
+
+
 def resume_group(
     group: EnvGroup, seed: int, episodes: Sequence[int], pasts: Sequence[Past], target: Nest, mask: ndarray | None
 ) -> tuple[Faults, list[int]]:

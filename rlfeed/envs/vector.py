@@ -5,7 +5,7 @@ and actions never leave the shared memory. The parent watches: an environment th
 with it costs the step in flight, and the run goes on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -20,9 +20,10 @@ from rlfeed.envs.crew import Crew
 from rlfeed.envs.faults import MAX_RESTARTS, Fault, FaultPolicy, OnFault
 from rlfeed.envs.group import close_env, rows_of
 from rlfeed.envs.seeds import episode_seed
+from rlfeed.envs.resume import FAILED, REENACTED, Diary, offers_state, pasts_of
 from rlfeed.envs.slab import FLIGHT, IDLE, MOVED, RESET, STEP, Slab
 from rlfeed.envs.source import EnvSource
-from rlfeed.envs.worker import BEGIN, START, Job
+from rlfeed.envs.worker import BEGIN, CAPTURE, RESUME, START, Job
 from rlfeed.envs.worker import STEP as STEP_NOW
 from rlfeed.errors import ConfigError, EnvFailedError, RlfeedError, WorkerError
 from rlfeed.nest import Nest, leaves, map_nest
@@ -74,7 +75,12 @@ class PoolEnvs:
         self.name, self.num_envs, self.choice = source.name, num_envs, choice
         env = source()
         self.observation_space, self.action_space = env.observation_space, env.action_space
+<<<<<<< HEAD
         close_env(env, self.name)
+=======
+        self._offers_state = offers_state(env)
+        env.close()
+>>>>>>> 0d47ce3 (Open episodes of a pool come back, also with actions under way)
         check_spaces(self.observation_space, self.action_space)
         self._check = ObservationCheck(self.observation_space)
         self._policy = FaultPolicy(self.name, on_fault, max_restarts)
@@ -89,7 +95,8 @@ class PoolEnvs:
         self._seed, self._masked = 0, False
         self._lengths = np.zeros(num_envs, np.int64)  # steps of the open episodes
         self._acted = self._check.empty(num_envs)  # observations that were acted on: they stand for what is lost
-        self._ready = Ready(self._all, ())
+        self._acted_mask = self._slab.mask.copy()
+        self._ready, self._diary = Ready(self._all, ()), Diary(num_envs)
         context = choose_context(context_of(context))
         spaces, line = (self.observation_space, self.action_space), Lifeline()
         rest = first_env_id, num_envs, source, self.name, spaces, self._slab, line
@@ -148,15 +155,10 @@ class PoolEnvs:
             The first observations, of all environments.
         """
         crew, slab = self._crew, self._slab
-        crew.wait(self.num_envs)  # what is under way is of no use any more
-        crew.reports.clear()
-        for worker in sorted(crew.gone):
-            self._replace(worker)
-        self._seed = seed
-        slab.episodes[:] = [int(n) for n in first_episodes]
-        self._lengths[:] = 0
+        self._stop_short(seed, first_episodes)
+        self._diary.begin()
         for worker in range(len(self._rows)):
-            crew.tell(worker, START, str(seed).encode())
+            crew.tell(worker, START, seed)
         crew.wait(self.num_envs)
         for worker in range(len(self._rows)):
             self._settle(worker)
@@ -178,6 +180,8 @@ class PoolEnvs:
             target[rows] = given
         for (_, kept), (_, shown) in zip(leaves(self._acted), leaves(self._ready.observation), strict=True):
             kept[rows] = shown
+        if self._ready.action_mask is not None:
+            self._acted_mask[rows] = self._ready.action_mask
         self._lengths[rows] += 1
         slab.stage[rows] = FLIGHT
         for worker, (first, _) in enumerate(self._rows):
@@ -186,7 +190,9 @@ class PoolEnvs:
         workers = crew.wait(self._enough)
         if len(workers) == len(self._rows):
             # All have come back, which need not be those just acted on: some may have been under way before.
-            return self._collect(workers, self._all, None if len(acted) == self.num_envs else self._all)
+            whole = len(acted) == self.num_envs
+            given = (self._ready.observation, action) if whole else None
+            return self._collect(workers, self._all, None if whole else self._all, given)
         ids = np.concatenate([self._all[slice(*self._rows[worker])] for worker in workers])
         return self._collect(workers, ids, ids)
 
@@ -194,9 +200,91 @@ class PoolEnvs:
         """End the worker processes, whatever they do."""
         self._crew.end()
 
+<<<<<<< HEAD
     def _collect(self, workers: list[int], ids: Int64[ndarray, " k"], env_ids: ndarray | None) -> Outcome:
+=======
+    def _job(self, worker: int, line: Lifeline) -> Job:
+        numbers = worker, self._rows[worker], self._first, self.num_envs
+        return Job(*numbers, self._source, self.name, (self.observation_space, self.action_space), self._slab, line)
+
+    def save_episodes(self) -> dict[str, Any]:
+        """Give what brings the open episodes back; see `Resumable`.
+
+        Actions that are under way are none of it: their environments come back as they were before.
+
+        Returns:
+            The state.
+        """
+        crew, slab, states = self._crew, self._slab, [None] * self.num_envs
+        idle = [worker for worker in range(len(self._rows)) if worker not in crew.flying and worker not in crew.gone]
+        asked = idle if self._offers_state else []
+        for worker in asked:
+            crew.tell(worker, CAPTURE)
+        crew.wait(self.num_envs, asked)
+        for worker in asked:
+            states[slice(*self._rows[worker])] = crew.reports.pop(worker, states[slice(*self._rows[worker])])
+        flying = [row for worker in crew.flying for row in range(*self._rows[worker])]
+
+        def before(now: ndarray, acted: ndarray) -> ndarray:
+            out = now.copy()
+            out[flying] = acted[flying]
+            return out
+
+        return {
+            "seed": self._seed,
+            "episodes": self.episodes,
+            "observation": map_nest(before, slab.observation, self._acted),
+            "mask": before(slab.mask, self._acted_mask) if self._masked else None,
+            "states": states,
+            **self._diary.save(),
+        }
+
+    def resume_episodes(self, state: Mapping[str, Any]) -> tuple[Ready, Int64[ndarray, " N"]]:
+        """Bring open episodes back, or begin the next ones; see `Resumable`.
+
+        Args:
+            state: What `save_episodes` gave.
+
+        Returns:
+            What to act on next, and how each environment has come back: a key of ``COMEBACKS``.
+        """
+        self._stop_short(state["seed"], state["episodes"])
+        pasts = pasts_of(state, self._diary.load(state))
+        self._slab.stage[:] = FAILED  # where a process does not live to say
+        for worker, rows in enumerate(self._rows):
+            self._crew.tell(worker, RESUME, (self._seed, pasts[slice(*rows)]))
+        self._crew.wait(self.num_envs)
+        codes = self._slab.stage.astype(np.int64)
+        for worker in range(len(self._rows)):
+            if worker in self._crew.dead:
+                codes[slice(*self._rows[worker])] = FAILED
+            self._settle(worker)
+        self._masked = bool(self._slab.calls[:, 3].any())
+        self._diary.forget((codes > REENACTED).nonzero()[0].tolist())
+        self._lengths[:] = self._diary.lengths
+        return self._show(self._all), codes
+
+    def _stop_short(self, seed: int, episodes: Sequence[int]) -> None:
+        """Leave whatever is played; say which episodes are to begin."""
+        crew, slab = self._crew, self._slab
+        crew.wait(self.num_envs)  # what is under way is of no use any more
+        crew.reports.clear()
+        for worker in sorted(crew.gone):
+            self._replace(worker)
+        self._seed = seed
+        slab.episodes[:] = [int(n) for n in episodes]
+        self._lengths[:] = 0
+
+    def _collect(
+        self, workers: list[int], ids: Int64[ndarray, " k"], env_ids: ndarray | None, acted: Nest = None
+    ) -> Outcome:
+>>>>>>> 0d47ce3 (Open episodes of a pool come back, also with actions under way)
         """Take what workers have written, see to what broke, and show what to act on next."""
         slab, crew = self._slab, self._crew
+        if acted is None:
+            acted, noted = (_rows(self._acted, ids), _rows(slab.action, ids)), ids
+        else:
+            noted = None
         reward, terminated, truncated = (column[ids] for column in (slab.reward, slab.terminated, slab.truncated))
         broken = [worker for worker in workers if worker in crew.reports or worker in crew.dead]
         lost = cut = success = None
@@ -206,6 +294,7 @@ class PoolEnvs:
         ended = terminated | truncated
         if not broken and not np.count_nonzero(ended):
             ready = self._show(ids)
+            self._diary.note(*acted, reward, None, noted)
             return Outcome(ready.observation, reward, terminated, truncated, ready, env_ids=env_ids)
         successor, over = self._successors(ids, lost), ids[ended]
         told = np.where(slab.stage[over] == MOVED, slab.success[over], np.nan)  # else its worker died before it told
@@ -219,6 +308,10 @@ class PoolEnvs:
             replaced = [worker for worker in broken if self._settle(worker)]
             if replaced:
                 cut = np.isin(ids, [i for worker in replaced for i in range(*self._rows[worker])]) & ~lost & ~ended
+        over = ended
+        for broken_off in (lost, cut):
+            over = over if broken_off is None else over | broken_off
+        self._diary.note(*acted, reward, over, noted)
         return Outcome(successor, reward, terminated, truncated, self._show(ids), lost, cut, env_ids, success)
 
     def _successors(self, ids: Int64[ndarray, " k"], lost: Bool[ndarray, " k"] | None) -> Nest:
@@ -292,12 +385,24 @@ class PoolEnvs:
         self._lengths[first:end] = 0
         crew.reports.pop(worker, None)
         slab.calls[worker] = 0
+<<<<<<< HEAD
         while worker in crew.gone:
             try:
                 crew.start([worker])
             except RlfeedError as error:
                 again = type(error)(f"{self.name}: worker {worker} could not be started again. {error}")
                 self._policy.meet(self._first + guilty, int(slab.episodes[guilty]), again)
+=======
+        self._start([worker])
+        self._crew.tell(worker, START, self._seed)
+        self._crew.wait(self.num_envs, [worker])
+
+    def _start(self, workers: Sequence[int]) -> None:
+        self._crew.start(workers)
+        for worker in workers:
+            for _, kind, message in self._crew.reports.pop(worker, ()):
+                raise getattr(rlfeed.errors, kind)(message)
+>>>>>>> 0d47ce3 (Open episodes of a pool come back, also with actions under way)
 
     def _obituary(self, worker: int, row: int, doing: int, how: str) -> RlfeedError:
         """Say how a worker died, and over what."""
@@ -317,6 +422,10 @@ class PoolEnvs:
             f"(seed {seed}): {call} in {process} {how}. Play that episode in this process to see why "
             f"(mode='serial').{advice}"
         )
+
+
+def _rows(nest: Nest, ids: Int64[ndarray, " k"]) -> Nest:
+    return map_nest(lambda leaf: leaf[ids], nest)
 
 
 def _check_numbers(

@@ -15,13 +15,14 @@ import torch
 from numpy import ndarray
 
 from rlfeed.envs.group import EnvGroup, Faults, check_distinct, split_rows
+from rlfeed.envs.resume import capture, resume_group
 from rlfeed.envs.slab import FLIGHT, IDLE, MOVED, STEPPED, Slab
 from rlfeed.envs.source import EnvSource
 from rlfeed.errors import ConfigError, RlfeedError
 from rlfeed.nest import leaves, map_nest
 from rlfeed.processes import Lifeline, ignore_interrupts, lead_group
 
-START, STEP, BEGIN, CLOSE = b"r", b"s", b"b", b"x"  # commands
+START, STEP, BEGIN, CLOSE, CAPTURE, RESUME = b"r", b"s", b"b", b"x", b"c", b"o"  # commands
 FINE, FAULTY = b".", b"!"  # answers; after the second come the faults
 Report = list[tuple[int, str, str]]  # row, class of the error, its message
 
@@ -68,9 +69,9 @@ def work(job: Job, commands: Connection, answers: Connection) -> None:
     job.line.tie()
     torch.set_num_threads(1)  # several processes with a thread per core each are 1.3 to 20 times slower
     try:
-        worker = _Worker(job, answers)
+        worker = _Worker(job, commands, answers)
         os.write(answers.fileno(), FINE)
-        worker.serve(commands)
+        worker.serve()
     except (BrokenPipeError, ConnectionResetError, EOFError):
         pass  # the parent is gone, or has let go
     except RlfeedError as error:  # an environment cannot be made: now, or anew
@@ -84,7 +85,7 @@ def work(job: Job, commands: Connection, answers: Connection) -> None:
 class _Worker:
     """Environments and their rows in the slab; it is also the book of its group."""
 
-    def __init__(self, job: Job, answers: Connection) -> None:
+    def __init__(self, job: Job, commands: Connection, answers: Connection) -> None:
         first, end = job.rows
         envs = [job.source() for _ in range(first, end)]
         check_distinct(job.name, envs)
@@ -118,12 +119,12 @@ class _Worker:
         self._stage, self._reward = fast(mine(slab.stage)), fast(mine(slab.reward))
         self._terminated, self._truncated = fast(mine(slab.terminated)), fast(mine(slab.truncated))
         self._call = fast(slab.calls[job.worker])
-        self._answers = answers
+        self._commands, self._answers = commands, answers
 
-    def serve(self, commands: Connection) -> None:
+    def serve(self) -> None:
         """Do what the parent says."""
-        acts = {STEP: self._step, START: lambda: self._start(int(commands.recv_bytes())), BEGIN: self._begin}
-        source, sink = commands.fileno(), self._answers.fileno()
+        acts = {STEP: self._step, START: self._start, BEGIN: self._begin, CAPTURE: self._capture, RESUME: self._resume}
+        source, sink = self._commands.fileno(), self._answers.fileno()
         while (command := os.read(source, 1)) not in (CLOSE, b""):
             report = acts[command]()
             self._call[1] = IDLE
@@ -144,7 +145,8 @@ class _Worker:
         self._reward[row], self._terminated[row], self._truncated[row] = reward, terminated, truncated
         self._stage[row] = STEPPED
 
-    def _start(self, seed: int) -> Report:
+    def _start(self) -> Report:
+        seed: int = self._commands.recv()
         faults = self._group.start(seed, self._episodes.tolist(), self._observation, self._mask)
         self._call[3] = self._group.masked
         return _report(faults)
@@ -182,6 +184,20 @@ class _Worker:
         faults = group.begin(made, self._observation, self._mask)
         self._call[3] = group.masked
         return _report({**unmade, **faults})
+
+    def _capture(self) -> list[Any]:
+        """Give the states that environments offer, in place of a report."""
+        return capture(self._group.envs)
+
+    def _resume(self) -> Report:
+        """Bring open episodes back; how each has come back stands where its stage does."""
+        (seed, pasts), group, episodes = self._commands.recv(), self._group, self._episodes
+        faults, ways = resume_group(group, seed, episodes.tolist(), pasts, self._observation, self._mask)
+        self._call[3] = group.masked
+        episodes[:] = group.episodes
+        for row, way in enumerate(ways):
+            self._stage[row] = way
+        return _report(faults)
 
 
 def _report(faults: Faults) -> Report:

@@ -1,6 +1,7 @@
 """Open episodes that come back: exact, played again, or not at all; what is kept of them costs little and is right."""
 
 import itertools
+import os
 import warnings
 
 import gymnasium
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlfeed.durable import load_state, save_state
-from rlfeed.envs import NormalizedEnvs, make_envs
+from rlfeed.envs import EnvSource, NormalizedEnvs, PoolEnvs, make_envs
 from rlfeed.envs.resume import LONGEST, Diary
 from rlfeed.rollout import Rollout
 from rlfeed.types import PolicyOutput
@@ -217,3 +218,88 @@ def test_resume_episode_longer_than_what_is_kept_is_restarted(tmp_path, monkeypa
         _, steps, _ = resumed(lambda: limited(Walk(), 20), 8, tmp_path, num_envs=1)
     assert "more steps than are kept" in str(caught[0].message)
     assert steps[0][4] == [True]
+
+
+def limited_walk():
+    return limited(Walk())
+
+
+def limited_stored():
+    return limited(Stored())
+
+
+def pool(target, num_envs=4, workers=2, **options):
+    return PoolEnvs(EnvSource(target), num_envs, workers, context="fork", **options)
+
+
+@pytest.mark.parametrize(("target", "way"), [(limited_walk, "re-enacted"), (limited_stored, "exact")])
+def test_resume_in_a_pool_goes_on_as_in_one_process_in_any_layout(target, way, tmp_path):
+    def rollout(envs):
+        return Rollout(envs, lambda o: 1 / 0, seed=4, mode="random")
+
+    whole = rollout(make_envs(target, 4, mode="serial"))
+    true = [seen(step) for step in itertools.islice(whole, 40)]
+    first, second, third = rollout(pool(target)), rollout(pool(target, workers=3)), rollout(make_envs(target, 4))
+    assert [seen(step) for step in itertools.islice(first, 13)] == true[:13]
+    save_state(tmp_path / "one", first.state_dict())
+    second.load_state_dict(load_state(tmp_path / "one"))
+    assert second.comebacks == (way,) * 4
+    assert [seen(step) for step in itertools.islice(second, 9)] == true[13:22]
+    save_state(tmp_path / "two", second.state_dict())
+    third.load_state_dict(load_state(tmp_path / "two"))
+    assert third.comebacks == (way,) * 4
+    assert [seen(step) for step in itertools.islice(third, 18)] == true[22:]
+    first.close()
+    second.close()
+
+
+def test_resume_with_actions_under_way_repeats_them(tmp_path):
+    class Counter:
+        def initial_carry(self, num_envs):
+            return np.zeros((num_envs, 1), np.int64)
+
+        def __call__(self, observation, carry, context):
+            assert carry[:, 0].tolist() == observation["count"].tolist()
+            return PolicyOutput(observation["count"] % 3 - 1, carry + 1)
+
+    rollout = Rollout(pool(limited_walk, min_ready=1, workers=4), Counter())
+    for _ in itertools.islice(rollout, 30):
+        pass
+    save_state(tmp_path / "state", rollout.state_dict())
+    other = Rollout(pool(limited_walk, min_ready=1, workers=4), Counter())
+    other.load_state_dict(load_state(tmp_path / "state"))
+    assert other.comebacks == ("re-enacted",) * 4
+    for step in itertools.islice(other, 40):
+        np.testing.assert_array_equal(step.is_first, step.observation["count"] == 0)
+    rollout.close()
+    other.close()
+
+
+def dies_when_repeated():
+    return limited(Fatal())
+
+
+class Fatal(Walk):
+    """Takes its process with it in the third step, in every process but the first."""
+
+    def step(self, action):
+        if self.count == 2 and not Fragile.first and self.place[0] > 0:
+            os._exit(3)
+        return super().step(action)
+
+
+def test_resume_in_a_pool_whose_process_dies_of_it_begins_new_episodes_there(monkeypatch):
+    monkeypatch.setattr(Fragile, "first", True)
+    rollout = Rollout(pool(dies_when_repeated), lambda o: 1 / 0, mode="random", seed=1)
+    for _ in itertools.islice(rollout, 4):
+        pass
+    state = rollout.state_dict()
+    rollout.close()
+    monkeypatch.setattr(Fragile, "first", False)
+    other = Rollout(pool(dies_when_repeated), lambda o: 1 / 0, mode="random", seed=1)
+    with pytest.warns(RuntimeWarning):
+        other.load_state_dict(state)
+    gone = [way.startswith("restarted") for way in other.comebacks]
+    assert any(gone)
+    assert next(other).is_first.tolist() == gone
+    other.close()
