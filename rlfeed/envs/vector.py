@@ -19,8 +19,8 @@ from rlfeed.envs.boundary import ObservationCheck, mask_length
 from rlfeed.envs.crew import Crew
 from rlfeed.envs.faults import MAX_RESTARTS, Fault, FaultPolicy, OnFault
 from rlfeed.envs.group import close_env, rows_of
-from rlfeed.envs.seeds import episode_seed
 from rlfeed.envs.resume import FAILED, REENACTED, Diary, offers_state, pasts_of
+from rlfeed.envs.seeds import episode_seed
 from rlfeed.envs.slab import FLIGHT, IDLE, MOVED, RESET, STEP, Slab
 from rlfeed.envs.source import EnvSource
 from rlfeed.envs.worker import BEGIN, CAPTURE, RESUME, START, Job
@@ -75,12 +75,8 @@ class PoolEnvs:
         self.name, self.num_envs, self.choice = source.name, num_envs, choice
         env = source()
         self.observation_space, self.action_space = env.observation_space, env.action_space
-<<<<<<< HEAD
-        close_env(env, self.name)
-=======
         self._offers_state = offers_state(env)
-        env.close()
->>>>>>> 0d47ce3 (Open episodes of a pool come back, also with actions under way)
+        close_env(env, self.name)
         check_spaces(self.observation_space, self.action_space)
         self._check = ObservationCheck(self.observation_space)
         self._policy = FaultPolicy(self.name, on_fault, max_restarts)
@@ -200,13 +196,6 @@ class PoolEnvs:
         """End the worker processes, whatever they do."""
         self._crew.end()
 
-<<<<<<< HEAD
-    def _collect(self, workers: list[int], ids: Int64[ndarray, " k"], env_ids: ndarray | None) -> Outcome:
-=======
-    def _job(self, worker: int, line: Lifeline) -> Job:
-        numbers = worker, self._rows[worker], self._first, self.num_envs
-        return Job(*numbers, self._source, self.name, (self.observation_space, self.action_space), self._slab, line)
-
     def save_episodes(self) -> dict[str, Any]:
         """Give what brings the open episodes back; see `Resumable`.
 
@@ -215,7 +204,8 @@ class PoolEnvs:
         Returns:
             The state.
         """
-        crew, slab, states = self._crew, self._slab, [None] * self.num_envs
+        crew, slab = self._crew, self._slab
+        states: list[Any] = [None] * self.num_envs
         idle = [worker for worker in range(len(self._rows)) if worker not in crew.flying and worker not in crew.gone]
         asked = idle if self._offers_state else []
         for worker in asked:
@@ -276,15 +266,16 @@ class PoolEnvs:
         self._lengths[:] = 0
 
     def _collect(
-        self, workers: list[int], ids: Int64[ndarray, " k"], env_ids: ndarray | None, acted: Nest = None
+        self,
+        workers: list[int],
+        ids: Int64[ndarray, " k"],
+        env_ids: ndarray | None,
+        acted: tuple[Nest, Nest] | None = None,
     ) -> Outcome:
->>>>>>> 0d47ce3 (Open episodes of a pool come back, also with actions under way)
         """Take what workers have written, see to what broke, and show what to act on next."""
         slab, crew = self._slab, self._crew
-        if acted is None:
-            acted, noted = (_rows(self._acted, ids), _rows(slab.action, ids)), ids
-        else:
-            noted = None
+        noted = ids if acted is None else None
+        observation, action = acted or (_rows(self._acted, ids), _rows(slab.action, ids))
         reward, terminated, truncated = (column[ids] for column in (slab.reward, slab.terminated, slab.truncated))
         broken = [worker for worker in workers if worker in crew.reports or worker in crew.dead]
         lost = cut = success = None
@@ -294,7 +285,7 @@ class PoolEnvs:
         ended = terminated | truncated
         if not broken and not np.count_nonzero(ended):
             ready = self._show(ids)
-            self._diary.note(*acted, reward, None, noted)
+            self._diary.note(observation, action, reward, None, noted)
             return Outcome(ready.observation, reward, terminated, truncated, ready, env_ids=env_ids)
         successor, over = self._successors(ids, lost), ids[ended]
         told = np.where(slab.stage[over] == MOVED, slab.success[over], np.nan)  # else its worker died before it told
@@ -311,7 +302,7 @@ class PoolEnvs:
         over = ended
         for broken_off in (lost, cut):
             over = over if broken_off is None else over | broken_off
-        self._diary.note(*acted, reward, over, noted)
+        self._diary.note(observation, action, reward, over, noted)
         return Outcome(successor, reward, terminated, truncated, self._show(ids), lost, cut, env_ids, success)
 
     def _successors(self, ids: Int64[ndarray, " k"], lost: Bool[ndarray, " k"] | None) -> Nest:
@@ -357,7 +348,7 @@ class PoolEnvs:
             if worker in crew.dead:
                 replaced = True
                 self._replace(worker)
-                crew.tell(worker, START, str(self._seed).encode())
+                crew.tell(worker, START, self._seed)
             else:
                 for row, kind, message in crew.reports.pop(worker):
                     error = getattr(rlfeed.errors, kind)(message)
@@ -385,24 +376,12 @@ class PoolEnvs:
         self._lengths[first:end] = 0
         crew.reports.pop(worker, None)
         slab.calls[worker] = 0
-<<<<<<< HEAD
         while worker in crew.gone:
             try:
                 crew.start([worker])
             except RlfeedError as error:
                 again = type(error)(f"{self.name}: worker {worker} could not be started again. {error}")
                 self._policy.meet(self._first + guilty, int(slab.episodes[guilty]), again)
-=======
-        self._start([worker])
-        self._crew.tell(worker, START, self._seed)
-        self._crew.wait(self.num_envs, [worker])
-
-    def _start(self, workers: Sequence[int]) -> None:
-        self._crew.start(workers)
-        for worker in workers:
-            for _, kind, message in self._crew.reports.pop(worker, ()):
-                raise getattr(rlfeed.errors, kind)(message)
->>>>>>> 0d47ce3 (Open episodes of a pool come back, also with actions under way)
 
     def _obituary(self, worker: int, row: int, doing: int, how: str) -> RlfeedError:
         """Say how a worker died, and over what."""
