@@ -316,12 +316,12 @@ def resume_group(
     faults = group.start(seed, episodes, target, mask)
     codes = [FAILED if row in faults else _come_back(group, row, past, target) for row, past in enumerate(pasts)]
     again = [r for r, code in enumerate(codes) if code > REENACTED and r not in faults and pasts[r].length]
+    unmade = group.renew([row for row in again if codes[row] == FAILED])
     for row in again:
-        if codes[row] == FAILED:
-            group.renew(row)
         group.episodes[row] += 1
     if again:
-        faults = {**faults, **group.begin(again, target, mask)}
+        begun = group.begin([row for row in again if row not in unmade], target, mask)
+        faults = {**faults, **unmade, **begun}
     for row, past in enumerate(pasts):
         if mask is not None and past.mask is not None and codes[row] <= REENACTED:
             mask[row] = past.mask
