@@ -31,7 +31,7 @@ COMEBACKS = {
 }
 LONGEST = 16_384  # steps of an episode that can be re-enacted
 _PENDING_BYTES = 1 << 20  # of observations that wait to be digested together: one by one costs more than a light step
-_PENDING = 64  # steps
+_PENDING = 256  # steps
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -203,13 +203,13 @@ class Diary:
         terms = np.where(inside, hashed * self._powers[np.where(inside, positions, 0)], np.uint64(0))
         self.digests[ids] = np.where(begun == 0, self.digests[ids], np.uint64(0)) + terms.sum(axis=0, dtype=np.uint64)
         at, row = inside.nonzero()
-        for (_, log), *given in zip(leaves(self._log), *(leaves(action) for action in actions), strict=True):
-            side_by_side = np.concatenate([leaf for _, leaf in given]).reshape(m, k, *log.shape[2:])
+        for (_, log), given in zip(leaves(self._log), _by_leaf(actions), strict=True):
+            side_by_side = np.concatenate(given).reshape(m, k, *log.shape[2:])
             log[positions[at, row], ids[row]] = side_by_side[at, row]
 
     def _hash(self, observations: Sequence[Nest], rewards: Sequence[ndarray], rows: int) -> UInt64[ndarray, " rows"]:
         """Reduce what came with each step to 64 bits: a sum of its words, each with a weight of its own."""
-        parts = [*zip(*([leaf for _, leaf in leaves(o)] for o in observations), strict=True), rewards]
+        parts = [*_by_leaf(observations), rewards]
         total = np.zeros(rows, np.uint64)
         for number, part in enumerate(part for part in parts if part[0].size):
             flat = np.ascontiguousarray(np.concatenate(part)).reshape(rows, -1)
@@ -241,6 +241,13 @@ class Diary:
         self._kept = kept
         self._powers = np.cumprod(np.full(kept, _FACTOR, np.uint64))
 
+
+
+def _by_leaf(nests: Sequence[Nest]) -> list[Sequence[ndarray]]:
+    """Sort the arrays of equal nests by their place; most nests are one array."""
+    if isinstance(nests[0], ndarray):
+        return [nests]
+    return list(zip(*([leaf for _, leaf in leaves(nest)] for nest in nests), strict=True))
 
 
 def outlook(state: Mapping[str, Any]) -> str:
