@@ -237,7 +237,7 @@ class Actors:
         self._check_at = now + self._check_s
         try:
             for seat in self._seats:
-                seat.look(now)
+                self._news += seat.look(now)
         except WorkerError:
             self._failed = True
             raise

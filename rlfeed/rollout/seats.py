@@ -16,7 +16,7 @@ from rlfeed.errors import ConfigError, WorkerError
 from rlfeed.messages import Inbox
 from rlfeed.processes import how_it_ended, undecided, uninterrupted
 from rlfeed.rollout.acting import Job, LaneWriter, work
-from rlfeed.rollout.board import ACTS, STARTING
+from rlfeed.rollout.board import ACTS, STARTING, STOP
 from rlfeed.rollout.statistics import EpisodeRecord, EpisodeStatistics
 
 OnDeath = Literal["restart", "raise"]
@@ -157,15 +157,19 @@ class Seat:
             self._in_vain, self._failure = content[0], content[1]
         return []
 
-    def look(self, now: float) -> None:
+    def look(self, now: float) -> list[EpisodeRecord]:
         """Start an actor whose pause is over, and end one that hangs.
 
         Args:
             now: Seconds of the monotonic clock.
 
+        Returns:
+            Episodes that ended, of which a process that is no more had told.
+
         Raises:
             WorkerError: If it died or hangs, and is not started again.
         """
+        records: list[EpisodeRecord] = []
         if self.process is not None:
             act, since_s = self.job.board.act_of(self.job.actor)
             most_s = self._rules.timeouts_s.get(act, np.inf)
@@ -178,12 +182,13 @@ class Seat:
                 self.process.kill()
                 self._part()
             elif not self.process.is_alive():
-                self.read()
+                records = self.read()
         if self.process is None:
             if self._failure is not None:
                 self._bury(now)
             if now >= self._start_at:
                 self.start()
+        return records
 
     @property
     def doing(self) -> str:
@@ -206,7 +211,7 @@ class Seat:
         if process.is_alive():
             process.kill()
             process.join()
-        if self._failure is None and process.exitcode != 0:
+        if self._failure is None and (process.exitcode != 0 or self.job.board.command != STOP):
             self._failure = f"{how_it_ended(process.exitcode)} while it was {self.doing}"
         self._buffer.release(self.lanes)
 

@@ -269,6 +269,17 @@ def test_actor_that_hangs_is_ended_and_named():
     assert len(learner.stored()[1]) == 2
 
 
+def test_actor_whose_environment_ends_its_process_in_silence_is_named_all_the_same():
+    def make(first):
+        return SerialEnvs([SeededEnv(fault=lambda env: os._exit(0) if first and env.steps == 3 else None)])
+
+    with (
+        Learner(make, on_death="raise") as learner,
+        pytest.raises(WorkerError, match=r"actor 1 .* ended with exit code 0 while it was taking a step"),
+    ):
+        learner.wait_for(lambda: False)
+
+
 def test_actor_that_raises_again_and_again_is_given_up_with_its_traceback():
     def make(first):
         return SerialEnvs([SeededEnv(fault=broken if first else None)])
