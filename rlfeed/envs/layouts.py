@@ -2,8 +2,9 @@
 
 import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import gymnasium
@@ -50,17 +51,26 @@ def measure_step(env: gymnasium.Env, light_s: float = 0.0) -> float:
     env.action_space.seed(0)
     env.reset(seed=episode_seed(0, 0, 0))  # the first one may load what later ones have
     env.step(env.action_space.sample())
-    steps, began_s, step_s = 0, time.perf_counter(), 0.0
-    env.reset(seed=episode_seed(0, 0, 1))
-    while steps < _LEAST_STEPS or (step_s > light_s and steps * step_s < _SECONDS):
-        _, _, terminated, truncated, _ = env.step(env.action_space.sample())
-        steps += 1
+    resets_s, steps_s, began_s = [_timed(lambda: env.reset(seed=episode_seed(0, 0, 1)))], [], time.perf_counter()
+    while True:
+        action = env.action_space.sample()
+        before_s = time.perf_counter()
+        _, _, terminated, truncated, _ = env.step(action)
+        now_s = time.perf_counter()
+        steps_s.append(now_s - before_s)
         if terminated or truncated:
-            env.reset(seed=episode_seed(0, 0, 1 + steps))
-        step_s = (time.perf_counter() - began_s) / steps
-        if steps * step_s > 50 * _SECONDS:
-            break
-    return step_s
+            resets_s.append(_timed(lambda: env.reset(seed=episode_seed(0, 0, len(steps_s)))))
+        # Medians: on a busy machine some steps take as long as others had the processor.
+        step_s = median(steps_s) + median(resets_s) * (len(resets_s) - 1) / len(steps_s)
+        spent_s = now_s - began_s
+        if (len(steps_s) >= _LEAST_STEPS and (step_s <= light_s or spent_s > _SECONDS)) or spent_s > 50 * _SECONDS:
+            return step_s
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    began_s = time.perf_counter()
+    call()
+    return time.perf_counter() - began_s
 
 
 def suggest_layout(step_s: float, num_envs: int, cores: int | None = None) -> Choice:

@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import time
 import warnings
 from functools import partial
 
@@ -13,7 +14,7 @@ from gymnasium import spaces
 from support.faulty import IN_PROCESS, FaultyEnv
 
 from rlfeed.envs import EnvSource, PoolEnvs, episode_seed, make_envs
-from rlfeed.envs.layouts import choose_layout, suggest_layout
+from rlfeed.envs.layouts import choose_layout, measure_step, suggest_layout
 from rlfeed.errors import ConfigError, EnvContractError, EnvFailedError, EnvMakeError, WorkerError
 from rlfeed.rollout import Rollout
 from rlfeed.testing import IdentifiableEnv
@@ -459,6 +460,19 @@ class Slow(IdentifiableEnv):
         while end:
             end -= 1
         return super().step(action)
+
+
+class Interrupted(IdentifiableEnv):
+    """A light environment on a busy machine: one step in five waits until others have had the processor."""
+
+    def step(self, action):
+        if self.episode % 5 == 1 and self.step_in_episode == 0:
+            time.sleep(0.005)
+        return super().step(action)
+
+
+def test_measured_step_is_that_of_a_machine_that_nobody_else_uses():
+    assert measure_step(Interrupted(lengths=(1,)), 1.0) < 0.001
 
 
 def test_auto_layout_measures_and_says_why(monkeypatch):
