@@ -174,15 +174,15 @@ class PoolEnvs:
         rows = slice(None) if len(acted) == self.num_envs else acted
         for (_, target), (_, given) in zip(leaves(slab.action), leaves(action), strict=True):
             target[rows] = given
-        for (_, kept), (_, shown) in zip(leaves(self._acted), leaves(self._ready.observation), strict=True):
-            kept[rows] = shown
-        if self._ready.action_mask is not None:
-            self._acted_mask[rows] = self._ready.action_mask
-        self._lengths[rows] += 1
         slab.stage[rows] = FLIGHT
         for worker, (first, _) in enumerate(self._rows):
             if worker not in crew.flying and (rows is not acted or first in acted):
                 crew.tell(worker, STEP_NOW)
+        self._lengths[rows] += 1  # while they work
+        for (_, kept), (_, shown) in zip(leaves(self._acted), leaves(self._ready.observation), strict=True):
+            kept[rows] = shown
+        if self._ready.action_mask is not None:
+            self._acted_mask[rows] = self._ready.action_mask
         workers = crew.wait(self._enough)
         if len(workers) == len(self._rows):
             # All have come back, which need not be those just acted on: some may have been under way before.
