@@ -5,6 +5,7 @@ open episode is begun with its seed once more and its actions are repeated; it h
 bit for bit, those of before. What does neither is *restarted* at its next episode.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -15,6 +16,7 @@ from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 from jaxtyping import Bool, Float64, Int64, UInt64
 from numpy import ndarray
 
+from rlfeed.codec import encode
 from rlfeed.envs.autoreset import Ready
 from rlfeed.envs.group import EnvGroup, Faults, rows_of, split_rows
 from rlfeed.nest import Nest, leaves, map_nest
@@ -287,9 +289,24 @@ def capture(envs: Sequence[gymnasium.Env]) -> list[Any]:
         envs: The environments.
 
     Returns:
-        What each gave, as arrays of its own; None where it offers none, or none that can be saved.
+        What each gave, as arrays of its own; None where it offers none, or none that can be saved, which is warned of.
     """
-    return [None if (found := _stateful(env)) is None else _own(found.get_state()) for env in envs]
+    return [None if (found := _stateful(env)) is None else _captured(found) for env in envs]
+
+
+def _captured(env: Any) -> Any:
+    try:
+        state = _own(env.get_state())
+        encode(state, "get_state()")  # as a checkpoint will
+    except Exception as error:  # whatever it raises: the run can do without
+        warnings.warn(
+            f"{type(env).__name__}.get_state(): {type(error).__name__}: {error} Until it gives what can be saved, its "
+            "episodes are played again when a run goes on.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return state
 
 
 def offers_state(env: gymnasium.Env) -> bool:

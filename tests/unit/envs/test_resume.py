@@ -303,3 +303,27 @@ def test_resume_in_a_pool_whose_process_dies_of_it_begins_new_episodes_there(mon
     assert any(gone)
     assert next(other).is_first.tolist() == gone
     other.close()
+
+
+class Unsavable(Walk):
+    """Offers a state that no checkpoint can hold, or raises when it is asked for it."""
+
+    def __init__(self, state=object):
+        self.give = state
+
+    def get_state(self):
+        return {"place": self.place, "engine": self.give()}
+
+    def set_state(self, state):
+        raise AssertionError("nothing was saved")
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [(object, r'FieldError: get_state\(\)\["engine"\]: is a builtins.object'), (lambda: 1 / 0, "ZeroDivisionError")],
+)
+def test_resume_state_that_cannot_be_saved_is_told_and_done_without(state, words, tmp_path):
+    with pytest.warns(RuntimeWarning, match=rf"Unsavable.get_state\(\): {words}"):
+        rollout, steps, true = resumed(lambda: Unsavable(state), 5, tmp_path)
+    assert rollout.comebacks == ("re-enacted",) * 3
+    assert steps == true
