@@ -38,6 +38,13 @@ class EnvSource:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     wrappers: tuple[Wrapper, ...] = ()
 
+    def __post_init__(self) -> None:
+        # Environments may change the folder they run in, and the next one is made there.
+        file, ending, rest = self.target.rpartition(".py") if isinstance(self.target, str) else ("", "", "")
+        path = Path(file + ending).expanduser()
+        if ending and rest[:1] in ("", ":") and path.is_file():
+            object.__setattr__(self, "target", f"{path.absolute()}{rest}")
+
     @property
     def name(self) -> str:
         """Name the environment, for errors and directories.
