@@ -10,7 +10,7 @@ from typing import Any
 
 import rlfeed.errors
 from rlfeed.envs.slab import IDLE, Slab
-from rlfeed.envs.worker import CLOSE, FINE, Job, Report, work
+from rlfeed.envs.worker import CLOSE, FAULTY, Job, Report, work
 from rlfeed.errors import ConfigError, WorkerError
 from rlfeed.processes import Lifeline, end_group, how_it_ended, undecided, uninterrupted
 
@@ -49,6 +49,7 @@ class Crew:
         self._poll = select.poll()
         self._owner: dict[int, int] = {}
         self._sent_s = [0.0] * len(jobs)
+        self._in_doubt: set[int] = set()  # workers that somebody is just telling something, or hearing
         self._looked_s = 0.0  # when somebody last looked who is late
         self.flying: set[int] = set()  # workers that have been told something and have not answered
         self.reports: dict[int, Report] = {}  # what they said went wrong, until it has been dealt with
@@ -100,12 +101,21 @@ class Crew:
             command: What.
             more: What it must know for that.
         """
+        self._in_doubt.add(worker)
         self._sent_s[worker] = time.monotonic()
         self.flying.add(worker)
         with suppress(OSError):  # it is dead: whoever waits for its answer will see
             os.write(self._pipes[worker][0].fileno(), command)
             if more is not None:
                 self._pipes[worker][0].send(more)
+        self._in_doubt.discard(worker)
+
+    def clear_up(self) -> None:
+        """End workers of whom nobody knows what they were told or have answered: Ctrl-C came in between."""
+        for worker in sorted(self._in_doubt - self.gone):
+            self._bury(worker, "")
+            del self.dead[worker]
+        self._in_doubt.clear()
 
     def wait(self, enough: int, only: Iterable[int] | None = None) -> list[int]:
         """Wait until workers have answered, have died, or had to be ended.
@@ -166,18 +176,18 @@ class Crew:
         return heard
 
     def _hear(self, worker: int) -> None:
+        self._in_doubt.add(worker)
         self.flying.discard(worker)
         pipe = self._pipes[worker][1]
         try:
             answer = os.read(pipe.fileno(), 1)
-            if answer == FINE:
-                return
-            if answer:
+            if answer == FAULTY:
                 self.reports[worker] = pipe.recv()
-                return
         except (EOFError, OSError):
-            pass
-        self._bury(worker, None)
+            answer = b""
+        if not answer:
+            self._bury(worker, None)
+        self._in_doubt.discard(worker)
 
     def _late(self, waiting: set[int]) -> list[int]:
         """End workers whose environment takes too long over one call."""

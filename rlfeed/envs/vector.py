@@ -257,6 +257,7 @@ class PoolEnvs:
     def _stop_short(self, seed: int, episodes: Sequence[int]) -> None:
         """Leave whatever is played; say which episodes are to begin."""
         crew, slab = self._crew, self._slab
+        crew.clear_up()
         crew.wait(self.num_envs)  # what is under way is of no use any more
         crew.reports.clear()
         for worker in sorted(crew.gone):

@@ -1,5 +1,6 @@
 """A fault injector: environments that break in every way, through the public names only."""
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -15,10 +16,11 @@ import pytest
 import torch
 from support.breaking import ACTIONS, DEADLY, LENGTH, RAISING, BreakingEnv, Twin
 
-from rlfeed.envs import EnvSource, PoolEnvs, episode_seed
-from rlfeed.errors import EnvFailedError
+from rlfeed.envs import EnvSource, PoolEnvs, episode_seed, make_envs
+from rlfeed.errors import EnvContractError, EnvFailedError
 from rlfeed.replay import Episode, ReplayBuffer, Sequence, Transition
 from rlfeed.rollout import Rollout
+from rlfeed.testing import IdentifiableEnv
 from rlfeed.train.evaluate import evaluate
 
 
@@ -311,3 +313,152 @@ def test_odd_thing_of_one_environment_is_harmless_or_named_and_nobody_elses_trou
         assert f"env {odd[0]}" in str(warning.message) or f"environments {odd[0]} to" in str(warning.message)
     whole = [(e, t, "ended" if t == LENGTH else "") for e in range(3) for t in range(1, LENGTH + 1)][:12]
     assert all(fates[row] == whole for row in fates if row not in odd)
+
+
+# ------------------------------------------------------------------------------------------------- time, starts, ends
+
+
+class Pausing(IdentifiableEnv):
+    """Take its time over a step, and for ever over one of them."""
+
+    def __init__(self, file=None, step_s=0.0):
+        super().__init__()
+        self.file, self.step_s = file, step_s
+
+    def step(self, action):
+        if self.file is not None and once(self.file):
+            signal.pause()
+        time.sleep(self.step_s)
+        return super().step(action)
+
+
+def test_environment_that_hangs_is_found_also_behind_those_that_are_always_ready(tmp_path):
+    """Rollout 3A.34, with first-ready batches."""
+    make = EnvSource(partial(Pausing, str(tmp_path / "once"), 0.002))
+    envs = PoolEnvs(make, 3, 3, context="fork", min_ready=1, step_timeout_s=1.0)
+    ready, late_s = envs.reset(0, [0] * 3), time.monotonic() + 60
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        while not envs.faults:
+            ready = envs.step(np.full(len(ready.env_ids), 3)).ready
+            assert time.monotonic() < late_s
+    envs.close()
+    assert "did not return within 1 s" in str(caught[0].message)
+    assert "raise step_timeout_s" in str(caught[0].message)
+
+
+def test_timeouts_count_the_time_of_an_environment_and_not_of_those_before_it():
+    """Rollout 3A.39: a step of all takes longer than one may."""
+    envs = PoolEnvs(EnvSource(partial(Pausing, step_s=0.3)), 6, 1, context="fork", step_timeout_s=1.2)
+    ready = envs.reset(0, [0] * 6)
+    assert envs.step(np.full(len(ready.env_ids), 3)).lost is None
+    envs.close()
+
+
+class MakesTrouble(BreakingEnv):
+    """Break in the second step; cannot be made anew the first time, in this process or another."""
+
+    def __init__(self, files, ending):
+        super().__init__(masked=True)
+        self.files, self.ending = files, ending
+        if os.path.exists(f"{files}broke") and once(f"{files}made"):  # noqa: PTH110
+            raise OSError("the port is taken")
+
+    def reset(self, *, seed=None, options=None):
+        if once(f"{self.files}first"):
+            raise ValueError("no first reset")
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        if self.at == 1 and once(f"{self.files}broke"):
+            if self.ending:
+                os._exit(3)
+            raise ValueError("broke")
+        return super().step(action)
+
+
+@pytest.mark.parametrize("ending", [False, True])
+def test_environment_that_cannot_be_made_anew_is_tried_again_and_keeps_its_masks(ending, tmp_path):
+    """Constructors fail for a while, as where a port is taken; the first reset of all failed, too."""
+    envs = PoolEnvs(EnvSource(partial(MakesTrouble, f"{tmp_path}/", ending)), 1, 1, context="fork")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fates = play(envs, 9)
+    envs.close()
+    first, broke, made = (str(warning.message) for warning in caught)
+    assert "no first reset" in first
+    assert ("exit code 3" if ending else "ValueError: broke") in broke
+    assert "the port is taken" in made
+    assert [fate for *_, fate in fates[0]] == ["", "lost", *[""] * 4, "ended", "", ""]
+
+
+def test_interrupt_between_any_two_instructions_costs_no_hang():
+    envs = PoolEnvs(EnvSource(IdentifiableEnv), 2, 2, context="fork", step_timeout_s=120.0)
+    rollout = Rollout(envs, lambda observation: np.full(len(observation), 3))
+    next(rollout)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    began_s, interrupted = time.monotonic(), 0
+    try:
+        for number in range(60):
+            signal.setitimer(signal.ITIMER_REAL, 0.001 + number * 1e-5)
+            try:
+                for _ in range(10**6):
+                    next(rollout)
+            except KeyboardInterrupt:
+                interrupted += 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for step in itertools.islice(rollout, 20):
+        assert (step.next_observation[:, 2] == step.observation[:, 2] + 1).all()
+    assert interrupted == 60
+    assert time.monotonic() - began_s < 100
+    rollout.close()
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_under_load_cost_no_hang_no_handle_and_no_process():
+    """Rollout 3A.32."""
+    generator = np.random.default_rng(0)
+    envs = PoolEnvs(EnvSource(IdentifiableEnv), 4, 2, context="fork", max_restarts=10**6)
+    rollout = Rollout(envs, lambda observation: np.full(len(observation), 3))
+    next(rollout)
+    handles, killed = len(os.listdir("/proc/self/fd")), 0  # noqa: PTH208
+
+    def kill():
+        nonlocal killed
+        while killed < 100:
+            time.sleep(generator.random() * 0.03)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(generator.choice(envs.processes)), signal.SIGKILL)
+                killed += 1
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in rollout:
+            kept = np.ones(4, bool) if step.lost is None else ~step.lost
+            assert (step.next_observation[kept, 1:3] == step.observation[kept, 1:3] + [0, 1]).all()
+            if not killer.is_alive():
+                break
+    assert len(caught) > 10
+    assert len(os.listdir("/proc/self/fd")) <= handles  # noqa: PTH208
+    processes = envs.processes
+    rollout.close()
+    for process in processes:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+
+
+@pytest.mark.parametrize("autoreset", ["same_step", "next_step", "disabled"])
+@pytest.mark.parametrize("mode", ["sync", pytest.param("async", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fault", ["raise", "no text", "nan", "shape", "values"])
+def test_gymnasiums_modes_raise_what_broke_by_name_and_can_be_closed(mode, autoreset, fault):
+    envs = make_envs(partial(BreakingEnv, {(1, 0, 3): fault}), 2, mode=mode, autoreset=autoreset)
+    rollout = Rollout(envs, lambda observation: np.full(len(observation), 3))
+    with pytest.raises((EnvFailedError, EnvContractError)) as error:
+        list(itertools.islice(rollout, 10))
+    assert "env 1 of 2" in str(error.value) or "values to unpack" in str(error.value)
+    rollout.close()
