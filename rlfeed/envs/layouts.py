@@ -148,9 +148,9 @@ def choose_layout(make: EnvSource, num_envs: int, layout: Layout, *, mode: str) 
 
 def _workers_of(layout: Any, num_envs: int) -> int:
     wanted = layout
-    if isinstance(layout, str) and layout.count("x") == 1 and all(part.isdigit() for part in layout.split("x")):
+    if isinstance(layout, str) and layout.count("x") == 1 and all(part.isdecimal() for part in layout.split("x")):
         wanted = tuple(int(part) for part in layout.split("x"))
-    if isinstance(wanted, str) and wanted.isdigit():
+    if isinstance(wanted, str) and wanted.isdecimal():
         wanted = int(wanted)
     if isinstance(wanted, int) and not isinstance(wanted, bool) and 1 <= wanted <= num_envs:
         return wanted

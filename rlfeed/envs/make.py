@@ -105,6 +105,12 @@ def make_envs(
             f"make_envs: autoreset is {autoreset!r}; expected one of {tuple(AUTORESETS)}."
             f"{suggest(str(autoreset), AUTORESETS)}"
         )
+    if isinstance(first_env_id, bool) or not isinstance(first_env_id, int) or first_env_id < 0:
+        raise ConfigError(f"make_envs: first_env_id is {first_env_id!r}; expected an integer of at least 0.")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ConfigError(f"make_envs: kwargs is {kwargs!r}; expected the constructor's arguments by name, in a dict.")
+    if isinstance(wrappers, str) or not isinstance(wrappers, Sequence):
+        raise ConfigError(f"make_envs: wrappers is {wrappers!r}; expected a list of them. Write [{wrappers!r}].")
     applied = tuple(map(as_wrapper, wrappers))
     foreign = foreign_envs(id_or_callable, num_envs, dict(kwargs or {}), applied, first_env_id)
     if foreign is not None:

@@ -414,10 +414,10 @@ def _check_numbers(
     wrong = []
     if not 1 <= workers <= num_envs:
         wrong.append(f"layout: is {workers} workers for {num_envs} environments; expected 1 to {num_envs}.")
-    if min_ready is not None and (isinstance(min_ready, bool) or not 1 <= min_ready <= num_envs):
+    if min_ready is not None and (type(min_ready) is not int or not 1 <= min_ready <= num_envs):
         wrong.append(f"min_ready: is {min_ready!r}; expected 1 to {num_envs}, or None to wait for all.")
     for name, seconds in (("step_timeout_s", step_timeout_s), ("start_timeout_s", start_timeout_s)):
-        if not seconds > 0:
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
             wrong.append(f"{name}: is {seconds!r}; expected seconds above 0.")
     if wrong:
         raise ConfigError("make_envs: " + " ".join(wrong))

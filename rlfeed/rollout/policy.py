@@ -242,8 +242,8 @@ def check_output(out: Any, carry: Nest, rows: int) -> PolicyOutput:
         The output, its extras as arrays of their own.
 
     Raises:
-        PolicyError: If it is no `PolicyOutput`, or the carry's structure, a shape or dtype in it, or an array's rows
-            differ.
+        PolicyError: If it is no `PolicyOutput`, the carry's structure, a shape or dtype in it, or an array's rows
+            differ, or extras have no names.
     """
     if not isinstance(out, PolicyOutput):
         raise PolicyError(
@@ -259,6 +259,10 @@ def check_output(out: Any, carry: Nest, rows: int) -> PolicyOutput:
                 f"policy: returned a carry of {_outline(out.carry)} where it was given {_outline(carry)}; expected the "
                 "same structure, shapes and dtypes. Return the carry after the observation."
             )
+    if not isinstance(out.extras, dict):
+        raise PolicyError(
+            f"policy: extras are {type(out.extras).__name__}; expected a dict of arrays by name. Name them."
+        )
     return PolicyOutput(out.action, out.carry, _own(out.extras, rows, ())) if out.extras else out
 
 

@@ -337,10 +337,10 @@ class Rollout:
             for row, env_id in enumerate(step.env_ids if step.env_ids is not None else range(len(step))):
                 if not left[env_id]:
                     continue
+                if step.is_first[row]:
+                    running[env_id] = []  # an episode that was lost or cut is none; another one is played
                 running[env_id].append((step, row))
-                if step.lost is not None and step.lost[row]:
-                    running[env_id] = []  # a cut episode is none; another one is played
-                elif step.terminated[row] or step.truncated[row]:
+                if step.terminated[row] or step.truncated[row]:
                     whole, running[env_id] = running[env_id], []
                     left[env_id] -= 1
                     yield episode_batch(whole)

@@ -184,6 +184,24 @@ def test_evaluation_plays_its_quota_in_whole_episodes_whatever_breaks():
     assert result.returns.tolist() == [sum(at / 8 for at in range(1, LENGTH + 1))] * 10
 
 
+def test_episodes_of_a_rollout_are_whole_whatever_breaks():
+    """An episode that was cut beside one that broke is none either, and joins no other."""
+    plan = {(env, episode, 3): "kill" if env == 1 else "raise" for env in (1, 2) for episode in (0, 2)}
+    envs = pool(plan, 4, 2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rollout = Rollout(envs, lambda observation: np.full(len(observation), 1))
+        played = [batch.observation[0].numpy() for batch in rollout.episodes(2)]
+        cut = rollout.statistics.cut
+    rollout.close()
+    assert caught
+    assert cut
+    assert sorted(int(observations[0, 0]) for observations in played) == [0, 0, 1, 1, 2, 2, 3, 3]
+    for observations in played:
+        assert observations[:, 2].tolist() == list(range(LENGTH + 1))
+        assert (observations[:, :2] == observations[0, :2]).all()
+
+
 def test_run_that_is_given_up_ends_with_the_environments_own_traceback_and_can_be_closed():
     """Rollout 3A.35."""
     envs = pool({(1, episode, 2): "no text" for episode in range(40)}, 2, 2, max_restarts=2)

@@ -208,6 +208,9 @@ def test_make_envs_different_spaces_are_refused():
         ({"num_envs": True}, "num_envs is True"),
         ({"mode": "asinc"}, "Did you mean 'async'"),
         ({"autoreset": "same"}, "autoreset is 'same'"),
+        ({"kwargs": [3]}, r"kwargs is [3]"),
+        ({"wrappers": "TimeLimit"}, "Write ['TimeLimit']"),
+        ({"first_env_id": "1"}, "first_env_id is '1'"),
     ],
 )
 def test_make_envs_wrong_argument_is_named(arguments, part):
