@@ -183,13 +183,15 @@ class NormalizedEnvs:
         """Give what brings the open episodes of the environments inside back; see `Resumable`."""
         return self.envs.save_episodes() if isinstance(self.envs, Resumable) else None
 
-    def resume_episodes(self, state: Mapping[str, Any]) -> tuple[Ready, ndarray]:
+    def resume_episodes(self, state: Mapping[str, Any]) -> tuple[Ready, ndarray] | None:
         """Bring open episodes back, or begin the next ones; see `Resumable`.
 
         What comes back was counted when it was seen first; the first observations of new episodes are counted here.
         """
-        inside: Any = self.envs
-        ready, codes = inside.resume_episodes(state)
+        back = self.envs.resume_episodes(state) if isinstance(self.envs, Resumable) else None
+        if back is None:
+            return None
+        ready, codes = back
         gone = codes > REENACTED
         self._ids, self._returns[gone] = ready.env_ids, 0.0
         self._count(ready.observation, gone)

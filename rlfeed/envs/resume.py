@@ -49,14 +49,15 @@ class Resumable(Protocol):
         """
         ...
 
-    def resume_episodes(self, state: Mapping[str, Any]) -> tuple[Ready, Int64[ndarray, " N"]]:
+    def resume_episodes(self, state: Mapping[str, Any]) -> tuple[Ready, Int64[ndarray, " N"]] | None:
         """Bring open episodes back, or begin the next ones.
 
         Args:
             state: What `save_episodes` gave.
 
         Returns:
-            What to act on next, in every environment, and how each has come back: a key of ``COMEBACKS``.
+            What to act on next, in every environment, and how each has come back: a key of ``COMEBACKS``; None where
+            none can.
         """
         ...
 

@@ -309,12 +309,15 @@ class Rollout:
             self.envs.load_state_dict(saved)
         self._next_episodes, self._ready, self._underway = episodes.copy(), None, Underway(self.num_envs)
         self._memory = (np.ones(self.num_envs, bool), *self._memory[1:])
-        if state["episodes"] is None or not isinstance(self.envs, Resumable):
+        back = None
+        if state["episodes"] is not None and isinstance(self.envs, Resumable):
+            back = self.envs.resume_episodes(state["episodes"])
+        if back is None:
             self.statistics.discard(np.arange(self.num_envs))
             why = NONE_OPEN if state["memory"] is None else UNSUPPORTED
             self.comebacks = (COMEBACKS[why],) * self.num_envs
         else:
-            self._come_back(*self.envs.resume_episodes(state["episodes"]), state["memory"])
+            self._come_back(*back, state["memory"])
 
     def timing(self) -> Timing:
         """Say where the time went.

@@ -154,6 +154,16 @@ def test_resume_normalised_environments_come_back_and_their_statistics_count_not
     assert steps == true
 
 
+def test_resume_normalised_environments_of_a_kind_that_does_not_come_back_begin_their_next_episodes():
+    first = Rollout(NormalizedEnvs(make_envs("CartPole-v1", 2)), lambda o: 1 / 0, mode="random")
+    for _ in itertools.islice(first, 5):
+        pass
+    other = Rollout(NormalizedEnvs(make_envs("CartPole-v1", 2, mode="sync")), lambda o: 1 / 0, mode="random")
+    other.load_state_dict(first.state_dict())
+    assert other.comebacks == ("restarted (environments of this kind do not come back)",) * 2
+    assert next(other).is_first.all()
+
+
 def test_resume_carry_and_previous_action_go_on(tmp_path):
     class Counter:
         def initial_carry(self, num_envs):

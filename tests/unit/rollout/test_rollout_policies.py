@@ -162,6 +162,7 @@ class Returns:
         (Returns(PolicyOutput(np.zeros(1, int), np.zeros((1, 3))), np.zeros((1, 2))), "carry (1, 3)"),
         (Returns(PolicyOutput(np.zeros(1, int), np.zeros(1))), "where it was given ()"),
         (Returns(PolicyOutput(np.zeros(1, int), (), {"value": np.zeros(2)})), 'extras["value"] has shape (2,)'),
+        (Returns(PolicyOutput(np.zeros(1, int), (), np.zeros(1))), "extras are ndarray; expected a dict"),
         (Returns(PolicyOutput(np.array([7]))), "env 0: action is 7"),
     ],
 )
