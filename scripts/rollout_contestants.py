@@ -196,14 +196,14 @@ class Acting:
         """Draw actions.
 
         Args:
-            observation: ``[N, floats]`` float32.
+            observation: ``[N, floats]``.
             generator: The source of randomness.
 
         Returns:
             The actions ``[N, ...]``, and by name their log-probabilities and what the critic says, ``[N]``.
         """
         with torch.inference_mode():
-            seen = torch.from_numpy(observation)
+            seen = torch.from_numpy(observation).float()
             if self._discrete:
                 scores = torch.log_softmax(self._actor(seen), dim=1).numpy()
                 action = (scores + generator.gumbel(size=scores.shape)).argmax(axis=1)

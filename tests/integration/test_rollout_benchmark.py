@@ -78,6 +78,18 @@ def test_rlfeed_blocks_hold_what_a_learner_takes():
     assert set(batch.extras) == {"log_prob", "value"}
 
 
+def test_continuous_actions_and_wide_observations_are_acted_on():
+    """HalfCheetah has both, and is not installed everywhere."""
+    acting = rollout_contestants.Acting("Pendulum-v1", critic=True)
+
+    action, extras = acting.act(np.ones((5, 3), np.float64), np.random.default_rng(0))
+
+    assert (action.shape, action.dtype) == ((5, 1), np.float32)
+    assert {name: column.shape for name, column in extras.items()} == {"log_prob": (5,), "value": (5,)}
+    for kind in (rollout_contestants.Bare, rollout_contestants.Rlfeed):
+        kind().blocks(Load("Pendulum-v1", 2, 3))()
+
+
 def test_acting_log_probabilities_are_those_of_the_actions():
     """Oracle: as often as it is drawn, an action has the probability that is told of it."""
     acting, generator = rollout_contestants.Acting("CartPole-v1", critic=True), np.random.default_rng(0)
