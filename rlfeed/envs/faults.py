@@ -79,10 +79,10 @@ class FaultPolicy:
         times = 1 if now_s - last_s > _FORGET_S else times + 1
         self._in_a_row[env_id] = (times, now_s)
         if times > self.max_restarts:
-            error.add_note(
-                f"Env {env_id} broke {times} times in a row, max_restarts is {self.max_restarts}: it is not begun anew."
+            raise type(error)(
+                f"{error}\nEnv {env_id} broke {times} times in a row, max_restarts is {self.max_restarts}: it is not "
+                "begun anew."
             )
-            raise error
         warnings.warn(
             f"{error}\nIts episode is cut and a new one begins (restart {times} of {self.max_restarts} in a row)."
             f"{besides}",
