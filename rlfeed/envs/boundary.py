@@ -60,6 +60,9 @@ class ObservationCheck:
         Returns:
             ``[k, ...]`` per leaf, in the dtypes of the space, not initialised.
         """
+        leaf = self._tree
+        if isinstance(leaf, _Leaf):
+            return np.empty((rows, *leaf.shape), leaf.dtype)
         return map_nest(lambda part: np.empty((rows, *part.shape), part.dtype), self._spec)
 
     def write(self, observation: Any, target: Nest, row: int, where: Where) -> None:

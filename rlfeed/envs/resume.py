@@ -18,7 +18,7 @@ from numpy import ndarray
 
 from rlfeed.codec import encode
 from rlfeed.envs.autoreset import Ready
-from rlfeed.envs.group import EnvGroup, Faults, rows_of, split_rows
+from rlfeed.envs.group import EnvGroup, Faults, rows_of
 from rlfeed.nest import Nest, leaves, map_nest
 
 EXACT, REENACTED, TOO_LONG, DIFFERENT, FAILED, UNSUPPORTED, NONE_OPEN = range(7)
@@ -365,7 +365,7 @@ def _come_back(group: EnvGroup, row: int, past: Past, target: Nest) -> int:
         if past.actions is None:
             return TOO_LONG
         diary = Diary(1)
-        for action in split_rows(past.actions) if past.length else ():
+        for action in group.split(past.actions) if past.length else ():
             before = map_nest(np.copy, here)
             reward, over = group.repeat(row, action, target)
             if over:

@@ -11,7 +11,7 @@ from numpy import ndarray
 from rlfeed.envs.autoreset import Outcome, Ready
 from rlfeed.envs.boundary import mask_length
 from rlfeed.envs.faults import MAX_RESTARTS, Fault, FaultPolicy, OnFault
-from rlfeed.envs.group import EnvGroup, Faults, check_distinct, split_rows
+from rlfeed.envs.group import EnvGroup, Faults, check_distinct
 from rlfeed.envs.resume import REENACTED, Diary, capture, pasts_of, resume_group
 from rlfeed.errors import ConfigError
 from rlfeed.nest import Nest, leaves, map_nest
@@ -110,7 +110,7 @@ class SerialEnvs:
         group = self._group
         successor = observation = group.check.empty(self.num_envs)
         mask = self._empty_mask() if group.masked else None
-        faults = group.step(split_rows(action), observation, mask)
+        faults = group.step(action, observation, mask)
         reward, terminated = np.array(group.reward), np.array(group.terminated)
         truncated, lost, success, over = np.array(group.truncated), None, None, None
         if faults:

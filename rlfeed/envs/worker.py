@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from rlfeed.envs.group import EnvGroup, Faults, check_distinct, split_rows
+from rlfeed.envs.group import EnvGroup, Faults, check_distinct
 from rlfeed.envs.resume import capture, resume_group
 from rlfeed.envs.slab import FLIGHT, IDLE, MOVED, STEPPED, Slab
 from rlfeed.envs.source import EnvSource
@@ -153,7 +153,7 @@ class _Worker:
 
     def _step(self) -> Report:
         group = self._group
-        faults = group.step(split_rows(self._action), self._observation, self._mask)
+        faults = group.step(self._action, self._observation, self._mask)
         for row in faults:
             self._stage[row] = FLIGHT
         if rows := group.ended:

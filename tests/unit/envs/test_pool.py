@@ -489,3 +489,26 @@ def test_auto_layout_measures_and_says_why(monkeypatch):
     unguarded = choose_layout(EnvSource(Slow), 4, "auto", mode="auto")
     assert unguarded.workers == 0
     assert "the script has no `if __name__ == '__main__':`" in unguarded.why
+
+
+class Typed(IdentifiableEnv):
+    types = set()
+
+    def step(self, action):
+        self.types.add(type(action))
+        return super().step(action)
+
+
+class ActionKept(gymnasium.Wrapper):
+    """A wrapper of the user's own."""
+
+
+def test_actions_of_own_environments_are_numpys_and_those_of_gymnasiums_are_ints():
+    envs = make_envs(Typed, 2, mode="serial")
+    envs.reset(0, [0, 0])
+    envs.step(np.array([1, 2]))
+    assert Typed.types == {np.int64}
+    cartpole = make_envs("CartPole-v1", 2, mode="serial")._group
+    wrapped = make_envs("CartPole-v1", 2, mode="serial", wrappers=[ActionKept])._group
+    assert [type(action) for action in cartpole.split(np.array([0, 1]))] == [int, int]
+    assert [type(action) for action in wrapped.split(np.array([0, 1]))] == [np.int64, np.int64]
