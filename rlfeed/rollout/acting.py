@@ -19,7 +19,7 @@ from rlfeed.codec import encode
 from rlfeed.envs.autoreset import Envs
 from rlfeed.errors import ConfigError, UsageError
 from rlfeed.messages import Outbox
-from rlfeed.processes import Lifeline, ignore_interrupts
+from rlfeed.processes import Lifeline, ignore_interrupts, lead_group
 from rlfeed.rollout.board import HELD, RUN, STARTING, STEPPING, STOP, WAITING, Board
 from rlfeed.rollout.rollout import STREAM, Rollout
 from rlfeed.rollout.statistics import EpisodeRecord
@@ -91,6 +91,7 @@ def work(job: Job, pipe: Connection) -> NoReturn:
     """
     ignore_interrupts()  # Ctrl-C reaches actors too, but the learner decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    lead_group()  # what environments start ends with this process
     job.lifeline.tie()
     torch.set_num_threads(1)
     job.board.act(job.actor, STARTING)

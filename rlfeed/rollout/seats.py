@@ -14,7 +14,7 @@ import numpy as np
 from rlfeed.codec import decode
 from rlfeed.errors import ConfigError, WorkerError
 from rlfeed.messages import Inbox
-from rlfeed.processes import how_it_ended, undecided, uninterrupted
+from rlfeed.processes import end_group, how_it_ended, undecided, uninterrupted
 from rlfeed.rollout.acting import Job, LaneWriter, work
 from rlfeed.rollout.board import ACTS, STARTING, STOP
 from rlfeed.rollout.statistics import EpisodeRecord, EpisodeStatistics
@@ -210,7 +210,8 @@ class Seat:
         process.join(1.0)
         if process.is_alive():
             process.kill()
-            process.join()
+        end_group(process.pid)
+        process.join()
         if self._failure is None and (process.exitcode != 0 or self.job.board.command != STOP):
             self._failure = f"{how_it_ended(process.exitcode)} while it was {self.doing}"
         self._buffer.release(self.lanes)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 import warnings
 from pathlib import Path
@@ -396,6 +397,23 @@ def test_learner_that_is_killed_takes_its_actors_along():
         assert time.monotonic() < deadline
     learner.join()
     assert len(processes) == 2
+
+
+def test_what_environments_of_an_actor_started_ends_with_it(tmp_path):
+    def start(env):
+        if not hasattr(env, "simulator"):
+            env.simulator = subprocess.Popen(["sleep", "1000"])
+            (tmp_path / str(env.simulator.pid)).touch()
+
+    with Learner(lambda first: SerialEnvs([SeededEnv(fault=start)])) as learner:
+        learner.wait_for(lambda: learner.actors.env_steps > 20)
+        os.kill(learner.actors.processes[0], signal.SIGKILL)
+        with pytest.warns(RuntimeWarning, match="actor 0"):
+            learner.wait_for(lambda: learner.actors.stats()[0].restarts and len(list(tmp_path.iterdir())) == 3)
+    deadline = time.monotonic() + HANG_S / 3
+    while any(running(int(file.name)) for file in tmp_path.iterdir()):
+        time.sleep(0.02)
+        assert time.monotonic() < deadline
 
 
 def running(process):
