@@ -10,6 +10,7 @@ from gymnasium import spaces
 from numpy import ndarray
 
 from rlfeed.envs.autoreset import Envs, Outcome, Ready
+from rlfeed.envs.faults import Fault
 from rlfeed.envs.moments import RunningMoments
 from rlfeed.envs.resume import REENACTED, Resumable
 from rlfeed.errors import CheckpointError, ConfigError
@@ -173,6 +174,16 @@ class NormalizedEnvs:
             self._returns = np.array(state["returns"], np.float64)
         if isinstance(self.envs, Stateful) and "envs" in state:
             self.envs.load_state_dict(state["envs"])
+
+    @property
+    def choice(self) -> str:
+        """Say where the environments inside are stepped, and why; see `make_envs`."""
+        return getattr(self.envs, "choice", "")
+
+    @property
+    def faults(self) -> Sequence[Fault]:
+        """List how the environments inside broke; see `SerialEnvs`."""
+        return getattr(self.envs, "faults", ())
 
     @property
     def episodes(self) -> ndarray:

@@ -81,6 +81,13 @@ def test_normalized_pool_counts_what_its_processes_gave(min_ready):
     assert {record.total_reward for record in rollout.statistics.window} == {0.0}
 
 
+def test_normalized_envs_tell_where_those_inside_are_stepped_and_how_they_broke():
+    inside = make_envs(ConstantRewardEnv, 2, mode="serial")
+    envs = NormalizedEnvs(inside)
+    assert envs.choice == inside.choice == "this process, as asked for"
+    assert tuple(envs.faults) == ()
+
+
 class Recorded:
     """Notes everything that went through the environments, as it was, by the one who shows it."""
 
