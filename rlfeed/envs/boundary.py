@@ -150,8 +150,16 @@ def reward_of(value: Any, row: int, where: Where) -> float:
         The reward.
 
     Raises:
-        EnvContractError: If it is no finite scalar that float32 can hold.
+        EnvContractError: If it is no finite scalar that float32 can hold; an array with one entry is taken for one.
     """
+    if type(value) is ndarray and value.size == 1 and value.ndim:
+        # Many environments return shape (1,), the shape of an action. Always the same text: it is shown once.
+        warnings.warn(
+            f"reward is an array of shape {value.shape}: its one entry is taken. Return a float.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        value = value.reshape(())
     if type(value) is float:
         fine = -REWARD_LIMIT <= value <= REWARD_LIMIT
     else:

@@ -155,10 +155,18 @@ def test_observation_that_does_not_fit_its_space_is_refused(space, value, part):
     assert part in problem(Scripted(space, value))
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e39, None, "1", np.ones(1), np.float64("nan"), 1j])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e39, None, "1", np.ones(2), np.float64("nan"), 1j])
 def test_reward_that_is_no_finite_scalar_is_refused(value):
     text = problem(Scripted(steps=[(FINE, value, False, False, {})]), beside=1)
     assert "env 1 of 2, step 1 of its episode 0: reward is" in text
+
+
+def test_reward_of_one_entry_is_taken_for_a_scalar_with_a_warning():
+    """Rollout 3A.15: the shape of an action, in half of all environments with continuous ones."""
+    envs = SerialEnvs([Scripted(steps=[(FINE, np.array([2.5], np.float32), False, False, {})])])
+    with pytest.warns(RuntimeWarning, match=r"reward is an array of shape \(1,\): its one entry is taken"):
+        step = next(Rollout(envs, lambda o: np.zeros(1, np.int64)))
+    assert step.reward.tolist() == [2.5]
 
 
 @pytest.mark.parametrize("value", [2, True, 2.5, np.float32(2.5), np.int64(2), np.array(2.5)])
