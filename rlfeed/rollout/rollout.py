@@ -348,9 +348,6 @@ class Rollout:
                     left[env_id] -= 1
                     yield episode_batch(whole)
 
-    def _upcoming(self) -> Ready:
-        return self._ready or self._begin()
-
     def _begin(self) -> Ready:
         if self._normalized is not None:
             self._normalized.mode = self._mode

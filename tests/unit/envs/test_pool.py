@@ -9,6 +9,7 @@ from functools import partial
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 from support.faulty import IN_PROCESS, FaultyEnv
 
@@ -404,6 +405,26 @@ def test_one_instance_for_all_environments_is_refused_in_a_worker():
     env = IdentifiableEnv()
     with pytest.raises(ConfigError, match="environments 0 and 1 are the same object"):
         pool(lambda: env, 4, 2)
+
+
+class Threaded(IdentifiableEnv):
+    """Rewards the number of threads that torch would take."""
+
+    def step(self, action):
+        observation, _, *rest = super().step(action)
+        return observation, float(torch.get_num_threads()), *rest
+
+
+def test_worker_has_one_thread_for_torch():
+    """rollout 3A.38: several processes with a thread for every core each hold each other up."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        rollout = Rollout(pool(Threaded, 2, 2), fives)
+        assert next(rollout).reward.tolist() == [1.0, 1.0]
+        rollout.close()
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_close_leaves_no_process():
