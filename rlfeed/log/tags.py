@@ -148,6 +148,13 @@ TAGS: dict[str, Tag] = {
             "Explore for a larger part of the run.",
         ),
         Tag(
+            "rollout/lost",
+            "steps",
+            "Steps that were lost since the start because an environment broke; no curve while none was.",
+            "Grows with env steps.",
+            "The warnings name the environment and what it did; python scripts/check_env.py looks for more.",
+        ),
+        Tag(
             "rollout/success_rate",
             "1",
             "Mean of what infos told of success (is_success), over the last 100 training episodes.",

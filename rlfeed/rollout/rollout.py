@@ -313,9 +313,10 @@ class Rollout:
         if state["episodes"] is not None and isinstance(self.envs, Resumable):
             back = self.envs.resume_episodes(state["episodes"])
         if back is None:
-            self.statistics.discard(np.arange(self.num_envs))
-            why = NONE_OPEN if state["memory"] is None else UNSUPPORTED
-            self.comebacks = (COMEBACKS[why],) * self.num_envs
+            why, cut = NONE_OPEN, np.zeros(self.num_envs, bool)
+            if state["memory"] is not None:
+                why, cut = UNSUPPORTED, ~np.asarray(state["memory"][0])
+            self._tell_gone(np.full(self.num_envs, why), cut)
         else:
             self._come_back(*back, state["memory"])
 
@@ -365,16 +366,20 @@ class Rollout:
         carry = map_nest(lambda leaf, like: leaf.to(like.device) if hasattr(leaf, "to") else leaf, carry, self._initial)
         self._memory = (is_first | gone, *reset_rows((carry, prev_action, prev_reward), gone, self._blank))
         self._next_episodes, self._any_first = self._open_episodes(), bool(self._memory[0].any())
-        self.statistics.discard(gone.nonzero()[0])
+        self._tell_gone(codes, gone & ~is_first)
+
+    def _tell_gone(self, codes: Int64[ndarray, " N"], cut: Bool[ndarray, " N"]) -> None:
+        """Note how each environment has come back, and say which episodes are cut because it has not."""
+        self.statistics.discard((codes > REENACTED).nonzero()[0])
         self.comebacks = tuple(COMEBACKS[code] for code in codes.tolist())
-        lost = [f"env {row}: {self.comebacks[row]}" for row in (gone & ~is_first).nonzero()[0]]
+        lost = [f"env {row}: {self.comebacks[row]}" for row in cut.nonzero()[0]]
         if lost:
             warnings.warn(
                 f"{self.envs.name}: {len(lost)} of {self.num_envs} open episodes did not come back and are cut. "
                 f"{'; '.join(lost[:4])}{'; ...' if len(lost) > 4 else ''}. Give the environment get_state() and "
                 "set_state(state), or let everything follow from its seed and actions.",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _open_episodes(self) -> Int64[ndarray, " N"]:

@@ -364,6 +364,8 @@ class OffPolicyLoop:
         if statistics.window:
             scalars["rollout/ep_rew_mean"] = statistics.mean_return
             scalars["rollout/ep_len_mean"] = statistics.mean_length
+        if statistics.lost:
+            scalars["rollout/lost"] = statistics.lost
         if not math.isnan(success := statistics.mean_success):
             scalars["rollout/success_rate"] = success
         if updates:

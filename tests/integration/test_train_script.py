@@ -180,7 +180,7 @@ def test_finished_run_has_its_curves_over_env_steps(finished):
         "charts/SPS", "charts/episodic_length", "charts/episodic_return", "eval/mean_ep_length", "eval/mean_reward",
         "feed/wait_ms", "replay/ratio", "replay/size", "rollout/ep_len_mean", "rollout/ep_rew_mean",
         "rollout/exploration_rate", "time/fps", "time/updates_per_s", "train/grad_norm", "train/learning_rate",
-        "train/loss", "train/q_mean",
+        "train/loss", "train/q_mean", "time/policy_fps", "time/environments_fps", "time/rest_fps",
     }  # fmt: skip
     assert [step for step, _ in curves["train/loss"]] == [200, 400, 600, 800, 1000, 1200]
     assert [step for step, _ in curves["eval/mean_reward"]] == [600, 1200]

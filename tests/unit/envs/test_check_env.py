@@ -256,7 +256,8 @@ def test_check_env_in_a_worker_process_plays_the_same_or_says_what_differs():
 def test_check_env_maker_that_cannot_be_sent_to_a_worker_is_found():
     """rollout 3A.23"""
     lock = threading.Lock()
-    [finding] = check_env(lambda: HealthyEnv() if lock else None)
+    with start_method("spawn"):  # a fork would take it along
+        [finding] = check_env(lambda: HealthyEnv() if lock else None)
     assert "variable lock = <unlocked" in finding.problem
 
 
