@@ -45,7 +45,7 @@ class Slab:
             "episodes": _WORD,
         }
         self.num_envs, self.workers = num_envs, workers
-        self._calls = ArraySpec((8,), np.dtype("int64"))  # a cache line for each worker: row, what, since when, masks
+        self._calls = ArraySpec((8,), np.dtype("int64"))  # a line each: row, what, since, masks, awake for
         self._memory = Memory("shared", max(_LINE, self._lay_out(None)))
         self._lay_out(self._memory.bytes)
 

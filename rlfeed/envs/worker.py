@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import time
@@ -119,13 +120,15 @@ class _Worker:
         self._stage, self._reward = fast(mine(slab.stage)), fast(mine(slab.reward))
         self._terminated, self._truncated = fast(mine(slab.terminated)), fast(mine(slab.truncated))
         self._call = fast(slab.calls[job.worker])
+        self._poll = select.poll()
+        self._poll.register(commands, select.POLLIN)
         self._commands, self._answers = commands, answers
 
     def serve(self) -> None:
         """Do what the parent says."""
         acts = {STEP: self._step, START: self._start, BEGIN: self._begin, CAPTURE: self._capture, RESUME: self._resume}
-        source, sink = self._commands.fileno(), self._answers.fileno()
-        while (command := os.read(source, 1)) not in (CLOSE, b""):
+        sink = self._answers.fileno()
+        while (command := self._hear()) not in (CLOSE, b""):
             report = acts[command]()
             self._call[1] = IDLE
             if report:
@@ -134,6 +137,15 @@ class _Worker:
             else:
                 os.write(sink, FINE)
         self._group.close()
+
+    def _hear(self) -> bytes:
+        """Wait for a command: awake for a moment, where it costs too much to be woken, then asleep."""
+        wakeful_ns = self._call[4]
+        if wakeful_ns:
+            until_ns, is_there, give_way = time.monotonic_ns() + wakeful_ns, self._poll.poll, os.sched_yield
+            while not is_there(0) and time.monotonic_ns() < until_ns:
+                give_way()  # whoever else can use this processor goes first: the parent above all
+        return os.read(self._commands.fileno(), 1)
 
     def calls(self, row: int, phase: int) -> None:
         """Note that an environment is called; see `Book`."""

@@ -2,9 +2,10 @@
 
 import time
 
+import numpy as np
 import pytest
 
-from rlfeed.envs import EnvSource
+from rlfeed.envs import EnvSource, PoolEnvs
 from rlfeed.envs.layouts import choose_layout, measure_step, suggest_layout
 from rlfeed.testing import IdentifiableEnv
 
@@ -57,3 +58,15 @@ def test_auto_layout_measures_and_says_why(monkeypatch):
     unguarded = choose_layout(EnvSource(Slow), 4, "auto", mode="auto")
     assert unguarded.workers == 0
     assert "the script has no `if __name__ == '__main__':`" in unguarded.why
+
+
+@pytest.mark.parametrize(("quick_s", "wakeful"), [(0.0, True), (60.0, False)])
+def test_workers_stay_awake_where_waking_them_takes_long(quick_s, wakeful, monkeypatch):
+    monkeypatch.setattr("rlfeed.envs.vector._QUICK_S", quick_s)
+    monkeypatch.setattr("rlfeed.envs.vector.processors", lambda: 2)
+    envs = PoolEnvs(EnvSource(IdentifiableEnv), 4, 2, context="fork")
+    envs.reset(0, [0] * 4)
+    observations = [envs.step(np.full(4, 2)).next_observation[:, 2].tolist() for _ in range(3)]
+    assert bool(envs._slab.calls[:, 4].all()) == wakeful
+    assert observations == [[1] * 4, [2] * 4, [3] * 4]
+    envs.close()
