@@ -32,8 +32,8 @@ from rlfeed.nest import Nest, leaves, map_nest
 from rlfeed.processes import Lifeline, choose_context, context_of, processors
 from rlfeed.specs import check_spaces, from_space
 
-# On a virtual machine whose idle processors are given away it takes many times a light environment's step to be woken on
-# one: there workers stay awake for a moment after each step, and give way while they do.
+# On a virtual machine whose idle processors are given away it takes many times a light environment's step to be woken:
+# there workers stay awake for a moment after each step, and give way while they do.
 _QUICK_S, _TRIES, _WAKEFUL_NS = 5e-5, 20, 1_000_000
 
 
