@@ -84,7 +84,7 @@ class RolloutBenchmark:
             f"a step of {num_envs} environments in {WORKERS} workers": lambda: pool.step(actions),
             "told to the workers and heard from them": signal,
             "copied, what to act on next": lambda: pool._show(pool._all),
-            f"a worker's {half} environments, checked": lambda: group.step(list(actions[:half]), target),
+            f"a worker's {half} environments, checked": lambda: group.step(actions[:half], target),
             f"a worker's {half} environments alone": lambda: [env.step(0) for env in group.envs],
         }
         cases = {name: Case(call, clock=time.perf_counter) for name, call in parts.items()}
