@@ -7,20 +7,19 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from support.endings import end_of
 
 import rlfeed.envs.faults
 from rlfeed.envs import EnvSource, PoolEnvs
 from rlfeed.rollout import Rollout
 from rlfeed.testing import IdentifiableEnv
 
-HANG_S = 60.0
 LONG_S = 1000
 
 
@@ -120,38 +119,5 @@ def family(process):
     return found
 
 
-def end_of(how, phase):
-    """Fork a learner, let it end, and say how it did, what it said, and what lived on for how long."""
-    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as told:
-        learner = os.fork()
-        if learner == 0:
-            os.setsid()
-            os.dup2(told.fileno(), 1)
-            os.dup2(said.fileno(), 2)
-            with contextlib.suppress(KeyboardInterrupt):
-                learn(how, phase)
-            sys.exit(0)  # by the interpreter's own way out
-        status = os.waitstatus_to_exitcode(os.waitpid(learner, 0)[1])
-        began_s = time.monotonic()
-        told.seek(0)
-        said.seek(0)
-        found, names = json.load(told)
-        while any(map(is_alive, found)) and time.monotonic() < began_s + HANG_S:
-            time.sleep(0.01)
-        lived_s = round(time.monotonic() - began_s, 2)
-        alive = sum(map(is_alive, found))
-        for process in filter(is_alive, found):
-            os.kill(process, signal.SIGKILL)
-        end = {"status": status, "said": said.read(), "family": len(found), "alive": alive, "names": names}
-        return end | {"lived_s": lived_s}
-
-
-def is_alive(process):
-    try:
-        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()  # nobody may be there to bury it
-    except OSError:
-        return False
-
-
 if __name__ == "__main__":
-    json.dump([end_of(*case) for case in json.loads(sys.argv[1])], sys.stdout)
+    json.dump([end_of(partial(learn, *case)) for case in json.loads(sys.argv[1])], sys.stdout)

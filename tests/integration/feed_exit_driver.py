@@ -1,17 +1,17 @@
 """Run by test_feed_exits.py in a process of its own, which forks one learner for every way to end."""
 
-import contextlib
 import itertools
 import json
 import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from support.endings import end_of
 
 from rlfeed.errors import FeedTimeoutError
 from rlfeed.feed import make_loader
@@ -19,7 +19,6 @@ from rlfeed.replay import ReplayBuffer, Transition
 from rlfeed.specs import ArraySpec
 from rlfeed.types import Step
 
-HANG_S = 60.0
 kept = []  # what the interpreter still holds when it ends
 
 
@@ -80,34 +79,5 @@ def learn(how, context):
             os.killpg(0, signal.SIGINT)  # as a terminal does: the workers hear it, too
 
 
-def end_of(how, context):
-    """Fork a learner, let it end, and give its exit code, what it said, and how many workers live on."""
-    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as told:
-        learner = os.fork()
-        if learner == 0:
-            os.setsid()
-            os.dup2(told.fileno(), 1)
-            os.dup2(said.fileno(), 2)
-            with contextlib.suppress(KeyboardInterrupt):
-                learn(how, context)
-            sys.exit(0)  # by the interpreter's own way out
-        status = os.waitstatus_to_exitcode(os.waitpid(learner, 0)[1])
-        told.seek(0)
-        said.seek(0)
-        workers, names = json.load(told)
-        deadline = time.monotonic() + HANG_S
-        while any(map(is_alive, workers)) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        alive = sum(map(is_alive, workers))
-        return {"status": status, "said": said.read(), "workers": len(workers), "alive": alive, "names": names}
-
-
-def is_alive(process):
-    try:
-        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()  # nobody may be there to bury it
-    except OSError:
-        return False
-
-
 if __name__ == "__main__":
-    json.dump([end_of(*case) for case in json.loads(sys.argv[1])], sys.stdout)
+    json.dump([end_of(partial(learn, *case)) for case in json.loads(sys.argv[1])], sys.stdout)

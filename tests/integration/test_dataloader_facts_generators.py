@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.facts import Forked, Items, Rows, loader_of, make_buffer, take, values
+from support.graphs import graph_of
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
@@ -191,17 +192,6 @@ def test_loader_takes_nothing_back_and_rollouts_do():
     steps = list(itertools.islice(rollout, 4))
     assert [step.next_observation[0, 3] for step in steps] == [1, 2, 3, 4]  # what the policy returned, given back
     assert [step.action[0] for step in steps] == [1, 2, 3, 4]  # and it depended on what was given back before
-
-
-def graph_of(tensor):
-    """Count the nodes of the graph behind a tensor."""
-    seen, waiting = set(), [tensor.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [parent for parent, _ in node.next_functions]
-    return len(seen)
 
 
 class FeedsItself:

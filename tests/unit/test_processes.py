@@ -4,9 +4,9 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from support.endings import is_running
 
 from rlfeed.processes import how_it_ended, is_alive
 
@@ -39,20 +39,11 @@ def test_lifeline_of_a_killed_process_ends_all_that_are_tied_even_without_the_gi
     run = subprocess.run([sys.executable, script, method], capture_output=True, text=True, timeout=120, check=False)
     children = [int(line) for line in run.stdout.split()]
     deadline = time.monotonic() + 20
-    while any(map(running, children)) and time.monotonic() < deadline:
+    while any(map(is_running, children)) and time.monotonic() < deadline:
         time.sleep(0.05)
 
     assert len(children) == 3, run.stderr
-    assert [child for child in children if running(child)] == []
-
-
-def running(process):
-    """Tell whether a process is there and no zombie: a container's first process need not bury it."""
-    status = Path(f"/proc/{process}/stat")
-    try:
-        return status.read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    assert [child for child in children if is_running(child)] == []
 
 
 def test_is_alive_tells_this_process_from_none():

@@ -6,13 +6,13 @@ import signal
 import subprocess
 import time
 import warnings
-from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from support.endings import is_running
 from torch import nn
 
 from rlfeed.codec import decode, encode
@@ -392,7 +392,7 @@ def test_learner_that_is_killed_takes_its_actors_along():
     learner.start()
     processes = mine.recv()
     deadline = time.monotonic() + HANG_S / 3
-    while any(map(running, processes)):
+    while any(map(is_running, processes)):
         time.sleep(0.02)
         assert time.monotonic() < deadline
     learner.join()
@@ -411,14 +411,6 @@ def test_what_environments_of_an_actor_started_ends_with_it(tmp_path):
         with pytest.warns(RuntimeWarning, match="actor 0"):
             learner.wait_for(lambda: learner.actors.stats()[0].restarts and len(list(tmp_path.iterdir())) == 3)
     deadline = time.monotonic() + HANG_S / 3
-    while any(running(int(file.name)) for file in tmp_path.iterdir()):
+    while any(is_running(int(file.name)) for file in tmp_path.iterdir()):
         time.sleep(0.02)
         assert time.monotonic() < deadline
-
-
-def running(process):
-    """Tell whether a process is there and no zombie."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

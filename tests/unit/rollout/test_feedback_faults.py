@@ -6,6 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from support.graphs import graph_of
 from torch import nn
 
 from rlfeed.errors import FieldError
@@ -50,16 +51,6 @@ def test_feedback_cell_that_returns_no_pair_is_refused(result):
     # A tensor of two rows would unpack without a word.
     with pytest.raises(FieldError, match=r"cell returned a \w+; expected the pair \(out, carry\)"):
         next(Feedback(lambda x, carry: result, torch.rand(2, 3)))
-
-
-def graph_of(tensor):
-    seen, waiting = set(), [tensor.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [parent for parent, _ in node.next_functions]
-    return len(seen)
 
 
 @pytest.mark.parametrize("compact", [False, True])

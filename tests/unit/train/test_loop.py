@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from support.recorder import Recorder
 
 from rlfeed.envs import make_envs
 from rlfeed.errors import ConfigError, DivergedError
@@ -26,25 +27,6 @@ CONFIG = LoopConfig(
     checkpoint_every=50,
     log_every=30,
 )
-
-
-class Recorder:
-    """A logger that keeps everything."""
-
-    def __init__(self):
-        self.points = {}
-
-    def scalar(self, tag, value, env_steps):
-        self.points.setdefault(tag, []).append((env_steps, value))
-
-    def flush(self):
-        self.flushed = {tag: len(points) for tag, points in self.points.items()}
-
-    def close(self):
-        pass
-
-    def at(self, tag):
-        return [env_steps for env_steps, _ in self.points[tag]]
 
 
 class SumAgent:

@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from support.recorder import Recorder
 from torch import nn
 
 from rlfeed.envs.serial import SerialEnvs
@@ -75,20 +76,6 @@ class CountingAgent:
 
     def load_state_dict(self, state):
         self.policy.updates.copy_(state["updates"])
-
-
-class Recorder:
-    def __init__(self):
-        self.points = {}
-
-    def scalar(self, tag, value, env_steps):
-        self.points.setdefault(tag, []).append((env_steps, value))
-
-    def flush(self):
-        pass
-
-    def close(self):
-        pass
 
 
 class Run:
