@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rlfeed.envs.faults import OnFault
+from rlfeed.envs.faults import MAX_RESTARTS, OnFault
 from rlfeed.envs.make import EnvsMode
 from rlfeed.errors import ConfigError, UnsupportedError, suggest
 from rlfeed.train.loop import Agent, LoopConfig
@@ -60,6 +60,7 @@ class EnvConfig:
         layout: Of a pool: auto, a number of processes, or PROCESSESxENVIRONMENTS such as 2x8.
         on_fault: When an environment raises, hangs, breaks its contract or dies: raise ends the run, restart loses the
             step and begins a new episode; by default restart in a pool and raise elsewhere.
+        max_restarts: With restart: how often in a row, without an episode that ends, one environment is begun anew.
         step_timeout_s: Of pool and async: seconds that one call of an environment may take.
     """
 
@@ -72,6 +73,7 @@ class EnvConfig:
     mode: EnvsMode = "auto"
     layout: str = "auto"
     on_fault: OnFault | None = None
+    max_restarts: int = MAX_RESTARTS
     step_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:

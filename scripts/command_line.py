@@ -173,6 +173,7 @@ def build_envs(config: EnvConfig, num_envs: int, *, first_env_id: int = 0) -> En
         mode=config.mode,
         layout=config.layout if num_envs == config.num_envs else "auto",  # evaluations have fewer
         on_fault=config.on_fault,
+        max_restarts=config.max_restarts,
         step_timeout_s=config.step_timeout_s,
         first_env_id=first_env_id,
     )

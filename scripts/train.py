@@ -59,6 +59,7 @@ RESUMABLE = (
     "env.mode",
     "env.layout",
     "env.on_fault",
+    "env.max_restarts",
     "env.step_timeout_s",
 )
 
