@@ -23,7 +23,7 @@ from gymnasium import spaces
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from agents.common import QNetwork
+from agents.networks import QNetwork
 from agents.config import AgentConfig, TrainConfig
 from rlfeed.errors import CheckpointError, ConfigError, FieldError, SpaceError
 from rlfeed.nest import Nest, map_nest

@@ -3,7 +3,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from agents.common import Encoder, QNetwork
+from agents.networks import Encoder, QNetwork
 from rlfeed.errors import SpaceError
 
 
