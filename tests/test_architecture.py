@@ -23,6 +23,7 @@ LAYERS = {  # who may import whom, beside itself
     "ragged": {"errors", "nest", "layout"},
     "types": {"errors", "nest", "layout", "ragged"},
     "specs": {"errors", "nest", "types"},
+    "returns": {"errors", "nest", "types"},
     "codec": {"errors", "nest", "types", "specs"},
     "durable": BASE - {"durable", "processes", "memory", "messages"},
     "processes": {"errors"},
@@ -33,11 +34,11 @@ LAYERS = {  # who may import whom, beside itself
     "replay": BASE,
     "feed": BASE | {"replay"},
     "log": {"errors", "types"},
-    "train": BASE | {"envs", "rollout", "replay", "feed", "log"},
-    "rlfeed": BASE | {"envs", "rollout", "replay", "feed", "log", "train"},
-    "testing": BASE | {"envs", "rollout", "replay", "feed", "log", "train", "rlfeed"},
-    "agents": BASE | {"envs", "rollout", "replay", "feed", "log", "train", "rlfeed"},
-    "scripts": BASE | {"envs", "rollout", "replay", "feed", "log", "train", "rlfeed", "agents"},
+    "train": BASE | {"returns", "envs", "rollout", "replay", "feed", "log"},
+    "rlfeed": BASE | {"returns", "envs", "rollout", "replay", "feed", "log", "train"},
+    "testing": BASE | {"returns", "envs", "rollout", "replay", "feed", "log", "train", "rlfeed"},
+    "agents": BASE | {"returns", "envs", "rollout", "replay", "feed", "log", "train", "rlfeed"},
+    "scripts": BASE | {"returns", "envs", "rollout", "replay", "feed", "log", "train", "rlfeed", "agents"},
 }
 GYMNASIUM = {"specs", "envs", "rollout", "train", "testing", "agents", "scripts"}
 REFUSED_NAMES = {
