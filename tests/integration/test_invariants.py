@@ -63,6 +63,7 @@ def part(observation, name="vector"):
 @pytest.mark.parametrize("num_envs", [1, 3])
 @pytest.mark.parametrize("layout", AUTORESETS)
 def test_every_stored_step_arrives_exactly_as_the_environment_gave_it(layout, num_envs, observation):
+    """B5, B6, B14, B48: true successors although observations are stored once, each reward with its own step."""
     buffer = collected(layout, num_envs, observation)
     expected = {(env, *step) for env in range(num_envs) for step in stored_steps(env)}
     assert (buffer.stats().inserted, len(buffer)) == (STEPS * num_envs, len(expected))
@@ -84,6 +85,7 @@ def test_every_stored_step_arrives_exactly_as_the_environment_gave_it(layout, nu
 
 @pytest.mark.parametrize("layout", AUTORESETS)
 def test_n_step_sums_stop_at_either_end_and_bootstrap_at_truncation_only(layout):
+    """B7, B8, B9, B11: the discount is gamma^k of the k steps summed; the last steps begin sums too."""
     buffer = collected(layout, 2, "box")
     batch = buffer.sample(512, Transition(n_step=3, gamma=0.5))
     for i in range(512):

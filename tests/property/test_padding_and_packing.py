@@ -62,6 +62,7 @@ def test_packed_batch_is_the_lists_one_after_another_and_pads_back(lengths, mult
 @settings(max_examples=60, deadline=None)
 @given(lengths=lengths_of, value=st.floats(-10, 10, width=32))
 def test_masked_sums_do_not_change_when_a_batch_is_padded_to_twice_its_length(lengths, value):
+    """B33, (a)."""
     batch = pad_collate(episodes(lengths))
     wider = batch.padded(multiple_of=2 * batch.reward.shape[1], padding_value={"reward": value, "observation": value})
     assert wider.reward.shape[1] == 2 * batch.reward.shape[1]

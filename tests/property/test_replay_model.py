@@ -85,6 +85,7 @@ def write_back(buffer, twin, number):
 @settings(max_examples=30, deadline=None)
 @given(histories())
 def test_buffer_any_history_equals_twin(history):
+    """B9, B12, B29, B51, (g): n-step sums and windows of one episode, at the write head and at every kind of end."""
     size, options, events, units = history
     for number, (buffer, twin) in enumerate(play(size, options, events)):
         assert len(buffer) == len(twin)

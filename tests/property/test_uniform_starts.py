@@ -42,6 +42,7 @@ CASES = [
 @pytest.mark.parametrize(("unit", "options"), CASES, ids=str)
 @pytest.mark.parametrize("ends", [0.2, 0.5], ids=["episodes of about 5 steps", "episodes of about 2 steps"])
 def test_draws_many_cover_every_start_uniformly(unit, options, ends):
+    """B8, B12."""
     generator = np.random.default_rng(5)
     twin = ReplayTwin(2, 30, **options)
     buffer = make_buffer(2, 30, frame_stack=twin.frames, carry_every=twin.carry_every)

@@ -127,6 +127,7 @@ def test_vector_envs_final_observations_in_any_form_are_taken(form, observation)
 
 
 def test_vector_envs_without_final_observations_are_refused():
+    """B24."""
     class Forgets(VectorWrapper):
         def step(self, actions):
             *rest, _ = super().step(actions)

@@ -58,6 +58,7 @@ def masked_loss(model, batch):
 
 
 def test_padding_to_twice_the_length_gives_the_same_loss_and_gradients():
+    """B33, (a)."""
     model = torch.nn.Linear(1, 1)
     batch = pad_collate([episode(2), episode(5)])
     widened = Batch(

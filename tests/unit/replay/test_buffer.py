@@ -87,6 +87,7 @@ def test_fields_of_a_batch_are_dense_aligned_and_in_one_block():
 
 
 def test_batches_never_alias_storage():
+    """B10."""
     buffer, twin = filled(steps=10)
     batch = buffer.sample(32, Transition())
     before = batch.observation["vector"].clone()
@@ -96,7 +97,7 @@ def test_batches_never_alias_storage():
 
 
 def test_carry_is_the_state_before_the_first_observation_and_zeros_where_that_opens_an_episode():
-    """Trap 18."""
+    """B27, B28. Trap 18."""
     buffer = line_buffer(extras={"carry": Box(-1e9, 1e9, (1,), np.float32)})
     for i in range(6):
         buffer.add(line_step(i, first=i == 0, terminated=i == 5, carry=np.full((1, 1), 10.0 + i, np.float32)))

@@ -58,7 +58,7 @@ def play(space, frames, buffer, steps):
 @pytest.mark.parametrize("space", [PIXELS, VALUES], ids=["column", "record"])
 @pytest.mark.parametrize("frames", [2, 4, 10])
 def test_stacks_equal_those_of_gymnasiums_wrapper(space, frames):
-    """Also where an episode is shorter than the stack, and after the lane of 30 rows has wrapped twice."""
+    """B5, B6, (f). Also where an episode is shorter than the stack, and after the lane of 30 rows has wrapped twice."""
     buffer = ReplayBuffer(space, Discrete(2), capacity=30, frame_stack=frames, storage="private")
     shown = play(space, frames, buffer, 60)
     batch = buffer.sample(200, Transition())

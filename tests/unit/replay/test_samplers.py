@@ -59,7 +59,7 @@ def test_prioritized_draws_in_proportion_to_priority_to_the_alpha():
 
 
 def test_weights_of_a_batch_follow_the_formula_and_beta_can_be_annealed():
-    """Trap 25 and 26: (N P)^-beta over the batch's greatest; a changed beta changes the weights."""
+    """B46, B47. Trap 25 and 26: (N P)^-beta over the batch's greatest; a changed beta changes the weights."""
     buffer = buffer_of(Prioritized(alpha=1.0, beta=0.5))
     ids = fill(buffer, 3)
     buffer.update_priorities(ids, [1.0, 4.0, 16.0])
@@ -84,7 +84,7 @@ def test_weights_scaled_to_the_buffer_use_its_least_mass_drawn_or_not():
 
 
 def test_new_steps_have_the_greatest_priority_still_stored():
-    """Trap 24: neither the greatest there ever was nor a constant."""
+    """B11. Trap 24: neither the greatest there ever was nor a constant."""
     buffer = buffer_of(Prioritized(alpha=1.0), capacity=8)
     tree = buffer.unit_sampler(Transition()).drawer.tree
     ids = fill(buffer, 2)

@@ -63,6 +63,7 @@ def counts(carry):
 @pytest.mark.parametrize("kind", ["array", "tuple", "dict", "tensor"])
 @pytest.mark.parametrize("layout", AUTORESETS)
 def test_rollout_counting_policy_reads_the_step_in_the_episode(layout, kind):
+    """B36."""
     rollout = Rollout(identifiable_envs(layout, 3, lengths=(3, 1, 5, 2)), Counter(kind))
     for step in itertools.islice(rollout, 40):
         np.testing.assert_array_equal(counts(step.carry), step.observation[:, 2])
@@ -105,6 +106,7 @@ def test_rollout_greedy_and_random_modes_keep_the_carry_right():
 
 @pytest.mark.parametrize("layout", AUTORESETS)
 def test_rollout_context_previous_action_and_reward_are_the_last_ones_and_zero_at_firsts(layout):
+    """B49."""
     policy = Counter("array")
     rollout = Rollout(identifiable_envs(layout, 2, lengths=(3, 1, 2)), policy)
     for step in itertools.islice(rollout, 20):

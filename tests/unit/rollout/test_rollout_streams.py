@@ -18,6 +18,7 @@ ENDS = ("terminated", "truncated", "both")
 @pytest.mark.parametrize("num_envs", [1, 3])
 @pytest.mark.parametrize("layout", AUTORESETS)
 def test_rollout_any_autoreset_mode_gives_the_true_steps(layout, num_envs, observation):
+    """B25."""
     envs = identifiable_envs(
         layout, num_envs, lengths=LENGTHS, ends=ENDS, observation=observation, reuse_arrays=layout == "serial"
     )
@@ -27,6 +28,7 @@ def test_rollout_any_autoreset_mode_gives_the_true_steps(layout, num_envs, obser
 
 def test_rollout_next_step_mode_leaves_resetting_rows_out_of_the_step():
     # Env 0 ends every second step, env 1 never within the test: while env 0 is reset only env 1 steps.
+    """B25."""
     from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
     makers = [lambda: IdentifiableEnv(0, lengths=(2,)), lambda: IdentifiableEnv(1, lengths=(50,))]
@@ -37,6 +39,7 @@ def test_rollout_next_step_mode_leaves_resetting_rows_out_of_the_step():
 
 
 def test_rollout_steps_kept_are_not_written_again():
+    """B10."""
     rollout = Rollout(identifiable_envs("serial", 2, lengths=(2, 3), reuse_arrays=True), act)
     kept = list(itertools.islice(rollout, 12))
     then = [(s.observation.copy(), s.action.copy(), s.reward.copy(), s.next_observation.copy()) for s in kept]
@@ -93,6 +96,7 @@ def test_episode_seed_other_run_environment_or_episode_gives_another_seed():
 
 
 def test_rollout_environments_number_of_others_does_not_change_an_episode():
+    """(h)."""
     few = read_streams(Rollout(make_envs(IdentifiableEnv, 1, kwargs={"lengths": ()}), act), 20)
     many = read_streams(Rollout(make_envs(IdentifiableEnv, 3, kwargs={"lengths": ()}), act), 20)
     assert many[0] == few[0]

@@ -42,6 +42,7 @@ class Recurrent:
 
 @pytest.mark.parametrize("layout", ["serial", "same_step", "disabled"])
 def test_collect_stores_exactly_the_steps_asked_for_and_goes_on_after_them(layout):
+    """B12."""
     buffer, rollout = ListBuffer(), Rollout(identifiable_envs(layout, 3), act)
     assert [rollout.collect(buffer, steps=n) for n in (3, 30, 9)] == [3, 30, 9]
     assert (rollout.env_steps, sum(map(len, buffer.steps))) == (42, 42)
@@ -117,6 +118,7 @@ def test_episodes_hold_carry_and_extras_of_the_policy():
 @pytest.mark.parametrize("layout", ["serial", "same_step", "disabled"])
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_blocks_hold_every_step_once_with_the_true_final_observations(layout, num_envs):
+    """B13, B14, B19."""
     lengths = (3, 1, 5)
     rollout = Rollout(identifiable_envs(layout, num_envs, lengths=lengths), Recurrent())
     streams = [expected_stream(env, lengths, ENDS, 24) for env in range(num_envs)]

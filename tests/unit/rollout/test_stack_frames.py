@@ -70,6 +70,7 @@ def compare(envs, frames, steps):
     frames=st.sampled_from([2, 4, {"image": 4}, {"image": 3, "vector": 2}]),
 )
 def test_stack_frames_any_episodes_act_on_what_is_sampled(layout, lengths, frames):
+    """(f)."""
     assert compare(identifiable_envs(layout, 2, lengths=lengths, observation="dict"), frames, 30) > 20
 
 
