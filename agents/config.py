@@ -13,7 +13,10 @@ import torch
 from rlfeed.envs.faults import MAX_RESTARTS, OnFault
 from rlfeed.envs.make import EnvsMode
 from rlfeed.errors import ConfigError, UnsupportedError, suggest
-from rlfeed.train.loop import Agent, LoopConfig
+from rlfeed.train.agent import Agent
+from rlfeed.train.block_loop import BlockLoopConfig
+from rlfeed.train.loop import LoopConfig
+from rlfeed.train.replay_loop import ReplayLoopConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +25,14 @@ class AgentConfig(ABC):
 
     @abstractmethod
     def build(
-        self, observation_space: Any, action_space: Any, *, total_steps: int, seed: int, device: torch.device
+        self,
+        observation_space: Any,
+        action_space: Any,
+        *,
+        total_steps: int,
+        seed: int,
+        device: torch.device,
+        num_envs: int = 1,
     ) -> Agent:
         """Make the agent.
 
@@ -32,6 +42,7 @@ class AgentConfig(ABC):
             total_steps: Environment steps of the whole run, the end of every schedule.
             seed: The run's seed.
             device: Where the agent learns and acts.
+            num_envs: Environments that step together.
 
         Returns:
             The agent, untrained.
@@ -39,6 +50,32 @@ class AgentConfig(ABC):
         Raises:
             SpaceError: If the agent cannot play these spaces.
         """
+
+    def findings(self, run: Any) -> list[str]:
+        """Say what is wrong with these settings beside those of the run.
+
+        Args:
+            run: The `TrainConfig` they belong to.
+
+        Returns:
+            One sentence or two for each finding.
+        """
+        return []
+
+
+def check(settings: Any, rules: dict[str, tuple[bool, str]]) -> None:
+    """Check an agent's settings, all of them at once.
+
+    Args:
+        settings: The configuration.
+        rules: By field: whether it holds, and what is expected.
+
+    Raises:
+        ConfigError: If a rule does not hold.
+    """
+    broken = [(name, say) for name, (ok, say) in rules.items() if not ok]
+    if wrong := [f"agent.{name}: is {getattr(settings, name)}; expected {say}." for name, say in broken]:
+        raise ConfigError(" ".join(wrong))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +120,7 @@ class EnvConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(LoopConfig):
-    """Hold everything that decides a training run.
+    """Hold everything that decides a training run; `ReplayTrainConfig` and `BlockTrainConfig` say how it learns.
 
     Args:
         env: The environment.
@@ -108,6 +145,20 @@ class TrainConfig(LoopConfig):
                 f"env.normalize_*: is asked for with {self.actors} actors, each of which would have statistics of its "
                 "own; expected --actors 0. Leave one of the two out."
             )
+
+    def findings(self) -> list[str]:
+        """Say what is wrong with settings beside each other; see `LoopConfig.findings`."""
+        return [*super().findings(), *self.agent.findings(self)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayTrainConfig(TrainConfig, ReplayLoopConfig):
+    """Hold everything that decides a run of an agent that learns from a replay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockTrainConfig(TrainConfig, BlockLoopConfig):
+    """Hold everything that decides a run of an agent that learns from what it has just done."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -23,12 +23,13 @@ from gymnasium import spaces
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from agents.config import AgentConfig, ReplayTrainConfig, check
 from agents.networks import QNetwork
-from agents.config import AgentConfig, TrainConfig
-from rlfeed.errors import CheckpointError, ConfigError, FieldError, SpaceError
+from rlfeed.errors import FieldError, SpaceError
 from rlfeed.nest import Nest, map_nest
 from rlfeed.replay import Transition
 from rlfeed.rollout import EpsilonGreedy
+from rlfeed.train.agent import Counter, Learned, ReplayAgent
 from rlfeed.train.schedule import Linear
 from rlfeed.types import Batch, PolicyContext, PolicyOutput
 
@@ -69,7 +70,7 @@ class DQNConfig(AgentConfig):
     epsilon_power: float = 0.0
 
     def __post_init__(self) -> None:
-        rules = {
+        check(self, {
             "lr": (self.lr > 0, "above 0"),
             "lr_end": (self.lr_end >= 0, "0 or more"),
             "gamma": (0 <= self.gamma <= 1, "0 to 1"),
@@ -81,28 +82,32 @@ class DQNConfig(AgentConfig):
             "epsilon_end": (0 <= self.epsilon_end <= 1, "0 to 1"),
             "epsilon_fraction": (0 < self.epsilon_fraction <= 1, "above 0 and at most 1"),
             "epsilon_power": (self.epsilon_power >= 0, "0 or more"),
-        }
-        wrong = [f"agent.{k}: is {getattr(self, k)}; expected {rule}." for k, (ok, rule) in rules.items() if not ok]
-        if wrong:
-            raise ConfigError(" ".join(wrong))
+        })  # fmt: skip
 
     def build(
-        self, observation_space: Any, action_space: Any, *, total_steps: int, seed: int, device: torch.device
+        self,
+        observation_space: Any,
+        action_space: Any,
+        *,
+        total_steps: int,
+        seed: int,
+        device: torch.device,
+        num_envs: int = 1,
     ) -> "DQN":
         """Make the agent; see `AgentConfig.build`."""
         return DQN(self, observation_space, action_space, total_steps=total_steps, seed=seed, device=device)
 
 
-def dqn() -> TrainConfig:
+def dqn() -> ReplayTrainConfig:
     """Give the settings that solve CartPole and suit other small problems.
 
     Returns:
         A whole run: environment, agent and budget.
     """
-    return TrainConfig(agent=DQNConfig())
+    return ReplayTrainConfig(total_steps=60_000, agent=DQNConfig())
 
 
-class DQN:
+class DQN(ReplayAgent):
     """Learn action values from transitions, and act on them.
 
     Args:
@@ -152,15 +157,21 @@ class DQN:
             config.epsilon_start, config.epsilon_end, max(1, round(config.epsilon_fraction * total_steps))
         )
         self.policy = self.actor(0, 1)[0]
-        self.updates = 0
+        self.updates = Counter()
+
+    def parts(self) -> Mapping[str, Any]:
+        """Name everything that learning changes; see `Agent.parts`."""
+        return {
+            "network": self.network, "target": self.target, "optimizer": self.optimizer, "updates": self.updates,
+        }  # fmt: skip
 
     def actor(self, number: int, count: int) -> tuple[EpsilonGreedy, nn.Module]:
-        """Give what an actor acts with; see `ActingAgent`."""
+        """Give what an actor acts with; see `Agent.actor`."""
         greedy, power = GreedyQ(self.network, self.first_action, self.device), self.config.epsilon_power
         exponent = 1 + power * number / max(count - 1, 1)
         return EpsilonGreedy(greedy, lambda env_steps: self.epsilon(env_steps) ** exponent, self._actions), self.network
 
-    def learn(self, batch: Batch, *, env_steps: int) -> dict[str, Tensor]:
+    def learn(self, batch: Batch, *, env_steps: int) -> Learned:
         """Take one optimiser step.
 
         Args:
@@ -168,7 +179,7 @@ class DQN:
             env_steps: Steps taken so far, the clock of the learning rate.
 
         Returns:
-            Scalars by tag, on the device: reading them here would wait for it at every update.
+            Curves; see `Agent.learn`.
         """
         action = (batch.action.long() - self.first_action).unsqueeze(1)
         value = self.network(batch.observation).gather(1, action).squeeze(1)
@@ -181,10 +192,11 @@ class DQN:
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
-        self.updates += 1
-        if self.updates % self.config.target_every == 0:
+        self.updates.value += 1
+        if self.updates.value % self.config.target_every == 0:
             self.target.load_state_dict(self.network.state_dict())
-        return {"train/loss": loss.detach(), "train/q_mean": value.detach().mean(), "train/grad_norm": grad_norm}
+        scalars = {"train/loss": loss.detach(), "train/q_mean": value.detach().mean(), "train/grad_norm": grad_norm}
+        return Learned(scalars)
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Float[Tensor, " B"]:
@@ -218,37 +230,6 @@ class DQN:
         """
         return {"rollout/exploration_rate": self.epsilon(env_steps), "train/learning_rate": self.lr(env_steps)}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Give everything that learning has changed.
-
-        Returns:
-            Network, target network, optimiser and counter; see `Stateful`.
-        """
-        return {
-            "network": _copied(self.network.state_dict()),
-            "target": _copied(self.target.state_dict()),
-            "optimizer": _copied(self.optimizer.state_dict()["state"]),
-            "updates": self.updates,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take a state back.
-
-        Args:
-            state: What `state_dict` gave.
-
-        Raises:
-            CheckpointError: If it is of a network of another shape.
-        """
-        try:
-            self.network.load_state_dict(state["network"])
-            self.target.load_state_dict(state["target"])
-        except RuntimeError as error:
-            raise CheckpointError(f"agent state: is of another network; expected this run's. {error}") from error
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
-        self.updates = state["updates"]
-
 
 class GreedyQ:
     """Choose the action of the highest value: a stateless `Policy`.
@@ -276,8 +257,3 @@ class GreedyQ:
         action = values.argmax(dim=-1).cpu().numpy()
         return PolicyOutput(action + self.first_action)
 
-
-def _copied(state: Any) -> Any:
-    if isinstance(state, Mapping):
-        return {key: _copied(value) for key, value in state.items()}
-    return state.detach().clone() if isinstance(state, Tensor) else state

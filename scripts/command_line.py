@@ -15,14 +15,13 @@ sys.path.insert(0, str(CHECKOUT))  # agents/ lives in the checkout, not in site-
 sys.path.append(str(Path.cwd()))  # package.module:ClassName may lie where the script was called
 
 from agents import PRESETS  # noqa: E402
-from agents.config import EnvConfig, TrainConfig, from_dict  # noqa: E402
-from rlfeed.envs import Envs, NormalizedEnvs, make_envs  # noqa: E402
+from agents.config import BlockTrainConfig, ReplayTrainConfig, TrainConfig, from_dict  # noqa: E402
+from rlfeed.envs.importing import import_module, load_file  # noqa: E402
 from rlfeed.errors import ConfigError, RlfeedError, RunDirectoryError, suggest  # noqa: E402
 from rlfeed.train.evaluate import Evaluation  # noqa: E402
 from rlfeed.train.run import CONFIG, read_config  # noqa: E402
 
 DEFAULT_PRESET = "dqn"
-EVALUATION_ENVS = 5  # at most: enough to share the cost of a policy's calls
 KWARGS_FLAG = "--env.kwargs"
 WRAPPERS_FLAG = "--env.wrappers"
 REGISTRY = ConstructorRegistry()
@@ -78,18 +77,65 @@ def split_preset(args: Sequence[str]) -> tuple[str | None, list[str]]:
         args: The command line: a preset first, or flags only.
 
     Returns:
-        The preset, None where there is none, and the flags.
+        The preset, None where there is none, and the flags. One of the user's own, ``path/to/file.py:function`` or
+        ``package.module:function``, comes with the file's absolute path.
 
     Raises:
         ConfigError: If there is no such preset.
     """
     if not args or args[0].startswith("-"):
         return None, list(args)
-    if args[0] not in PRESETS:
+    name, rest = args[0], list(args[1:])
+    if name in PRESETS:
+        return name, rest
+    if ":" in name:
+        return absolute_file(name), rest
+    raise ConfigError(
+        f"preset: is {name!r}; expected one of {', '.join(PRESETS)}, or one of your own as path/to/file.py:function, "
+        f"then flags.{suggest(name, PRESETS)}"
+    )
+
+
+def preset_of(name: str) -> TrainConfig:
+    """Give the settings of a preset.
+
+    Args:
+        name: As `split_preset` gave it.
+
+    Returns:
+        Its defaults.
+
+    Raises:
+        ConfigError: If a preset of the user's own is none.
+    """
+    if name in PRESETS:
+        return PRESETS[name]()
+    place, _, attribute = name.rpartition(":")
+    module = load_file(place) if place.endswith(".py") else import_module(place)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        found = [n for n, value in vars(module).items() if callable(value)]
+        raise ConfigError(f"preset: {place} has no function {attribute!r}; expected one.{suggest(attribute, found)}")
+    settings = function()
+    if not isinstance(settings, ReplayTrainConfig | BlockTrainConfig):
         raise ConfigError(
-            f"preset: is {args[0]!r}; expected one of {', '.join(PRESETS)}, then flags.{suggest(args[0], PRESETS)}"
+            f"preset: {name} gave a {type(settings).__name__}; expected a ReplayTrainConfig or a BlockTrainConfig of "
+            "agents.config. Return one."
         )
-    return args[0], list(args[1:])
+    return settings
+
+
+def absolute_file(name: str) -> str:
+    """Name what is in a file from anywhere: a run may be resumed from another directory.
+
+    Args:
+        name: ``path/to/file.py:Name``, or anything else.
+
+    Returns:
+        The same, its path absolute where there is one.
+    """
+    file, colon, rest = name.partition(".py")
+    return f"{Path(file + colon).resolve()}{rest}" if colon else name
 
 
 def join_env_kwargs(args: Sequence[str]) -> list[str]:
@@ -154,34 +200,6 @@ def join_env_wrappers(args: Sequence[str]) -> list[str]:
     return [*rest, WRAPPERS_FLAG, *wrappers] if wrappers else rest
 
 
-def build_envs(config: EnvConfig, num_envs: int, *, first_env_id: int = 0) -> Envs:
-    """Make the environments of a run, wrapped and normalised as its settings say.
-
-    Args:
-        config: The settings.
-        num_envs: How many.
-        first_env_id: The number of the first one.
-
-    Returns:
-        The environments.
-    """
-    envs = make_envs(
-        config.id,
-        num_envs,
-        kwargs=config.kwargs,
-        wrappers=config.wrappers,
-        mode=config.mode,
-        layout=config.layout if num_envs == config.num_envs else "auto",  # evaluations have fewer
-        on_fault=config.on_fault,
-        max_restarts=config.max_restarts,
-        step_timeout_s=config.step_timeout_s,
-        first_env_id=first_env_id,
-    )
-    if not (config.normalize_observation or config.normalize_reward):
-        return envs
-    return NormalizedEnvs(envs, observation=config.normalize_observation, reward=config.normalize_reward)
-
-
 def literal(text: str) -> Any:
     """Read a value as JSON or a Python literal if it is one, else as the text itself.
 
@@ -235,7 +253,7 @@ def load_config(run: Path) -> tuple[str, TrainConfig]:
     """
     saved = read_config(run)
     preset, _ = split_preset([saved["preset"]])
-    return str(preset), from_dict(PRESETS[str(preset)](), saved["config"], where=f"{run / CONFIG}: config")
+    return str(preset), from_dict(preset_of(str(preset)), saved["config"], where=f"{run / CONFIG}: config")
 
 
 def summary(result: Evaluation) -> str:

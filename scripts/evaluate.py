@@ -7,8 +7,9 @@ from typing import Annotated
 
 import command_line
 import tyro
-from command_line import EVALUATION_ENVS, build_envs, find_run, guarded, load_config, summary
+from command_line import find_run, guarded, load_config, summary
 
+from agents.training import EVALUATION_ENVS, build_agent, build_envs
 from rlfeed.envs import NormalizedEnvs
 from rlfeed.errors import ConfigError
 from rlfeed.feed.device import choose_device
@@ -56,12 +57,10 @@ def _main(argv: list[str]) -> int:
     envs = build_envs(config.env, min(chosen.episodes, EVALUATION_ENVS))
     if isinstance(envs, NormalizedEnvs):
         envs.load_state_dict(checkpoint.load("rollout")["envs"])
-    agent = config.agent.build(
-        envs.observation_space, envs.action_space, total_steps=config.total_steps, seed=config.seed, device=device
-    )
+    agent = build_agent(config, envs.observation_space, envs.action_space, device, envs.num_envs)
     agent.load_state_dict(checkpoint.load("agent"))
     seed = config.seed if chosen.seed is None else chosen.seed
-    result = evaluate(envs, agent.policy, episodes=chosen.episodes, seed=seed)
+    result = evaluate(envs, agent.policy, episodes=chosen.episodes, seed=seed, actions=agent.actions)
     envs.close()
     print(f"checkpoint: {checkpoint.path}")
     print(summary(result))

@@ -3,47 +3,36 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import command_line
-import numpy as np
 import torch
 from command_line import (
     DEFAULT_PRESET,
-    EVALUATION_ENVS,
     PRESETS,
-    build_envs,
+    absolute_file,
     find_run,
     guarded,
     load_config,
+    preset_of,
     split_preset,
     summary,
 )
-from torch import nn
 
-from agents.config import EnvConfig, TrainConfig, differences, to_dict
-from rlfeed.envs import Envs, NormalizedEnvs
+from agents.config import BlockTrainConfig, ReplayTrainConfig, TrainConfig, differences, to_dict
+from agents.training import Parts, build_parts, new_buffer, new_loop, new_source
+from rlfeed.envs import Envs
 from rlfeed.envs.foreign import PETTINGZOO
 from rlfeed.envs.wrappers import absolute_wrapper
 from rlfeed.errors import ConfigError, RunDirectoryError
-from rlfeed.feed.device import choose_device
 from rlfeed.log import ConsoleLogger, FanOut, TensorBoardLogger
 from rlfeed.replay import ReplayBuffer
-from rlfeed.rollout import Actors, Rollout, Weights
-from rlfeed.rollout.acting import VERSION_COLUMN
-from rlfeed.specs import ArraySpec
 from rlfeed.train.checkpoint import Checkpoint
-from rlfeed.train.collectors import acting_module
-from rlfeed.train.evaluate import Evaluation, evaluate
 from rlfeed.train.interrupts import Interrupts
-from rlfeed.train.loop import Agent, OffPolicyLoop
 from rlfeed.train.run import RunDirectory, default_path, read_marker
-
-_RESTARTED = " at their next episode, open episodes of the replay cut"
 
 # What may change when a run goes on: none of it is part of what has been learned.
 RESUMABLE = (
@@ -65,8 +54,8 @@ RESUMABLE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommandLine(TrainConfig):
-    """Hold a run's settings and what to do with them.
+class _Request:
+    """Hold what to do with a run's settings.
 
     Args:
         resume: Go on with the run in this directory (any path inside it) from its last checkpoint. Environments
@@ -79,15 +68,14 @@ class CommandLine(TrainConfig):
     dry_run: bool = False
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Hold what a run is built of before anything is written."""
+@dataclass(frozen=True, kw_only=True)
+class ReplayCommandLine(_Request, ReplayTrainConfig):
+    """Hold a run's settings and what to do with them."""
 
-    envs: Envs
-    evaluation_envs: Envs
-    agent: Agent
-    device: torch.device
-    why: str
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCommandLine(_Request, BlockTrainConfig):
+    """Hold a run's settings and what to do with them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +97,7 @@ def _main(argv: list[str]) -> int:
     resume = scan.parse_known_args(args)[0].resume
     if resume is None:
         preset = preset or DEFAULT_PRESET
-        config, dry_run = _parse(preset, args, PRESETS[preset]())
+        config, dry_run = _parse(preset, args, preset_of(preset))
         return _start(preset, config, argv, dry_run)
     run = find_run(resume)
     saved_preset, saved = load_config(run)
@@ -122,16 +110,17 @@ def _main(argv: list[str]) -> int:
 
 
 def _parse(preset: str, args: list[str], default: TrainConfig) -> tuple[TrainConfig, bool]:
-    values = {f.name: getattr(default, f.name) for f in fields(TrainConfig)}
+    kind = ReplayCommandLine if isinstance(default, ReplayTrainConfig) else BlockCommandLine
+    values: dict[str, Any] = {f.name: getattr(default, f.name) for f in fields(default)}
     others = f" Presets: {', '.join(PRESETS)}; the first argument, {DEFAULT_PRESET} where there is none."
     chosen = command_line.parse(
-        CommandLine,
+        kind,
         args,
-        default=CommandLine(**values),
+        default=kind(**values),
         prog=f"train.py {preset}",
         description=f"Train {preset} on a Gymnasium environment.{others}",
     )
-    return TrainConfig(**{name: getattr(chosen, name) for name in values}), chosen.dry_run
+    return type(default)(**{name: getattr(chosen, name) for name in values}), chosen.dry_run
 
 
 def _check_changes(run: Path, saved: TrainConfig, config: TrainConfig) -> None:
@@ -147,54 +136,22 @@ def _check_changes(run: Path, saved: TrainConfig, config: TrainConfig) -> None:
         )
 
 
-def _build(config: TrainConfig) -> Parts:
-    device, why = choose_device(config.device)
-    if config.actors:  # their environments are made in their processes; here one shows the spaces
-        envs = build_envs(replace(config.env, mode="serial", layout="auto"), 1)
-    else:
-        envs = build_envs(config.env, config.env.num_envs)
-    evaluation_envs = build_envs(config.env, min(config.eval_episodes, EVALUATION_ENVS))
-    if isinstance(envs, NormalizedEnvs) and isinstance(evaluation_envs, NormalizedEnvs):
-        evaluation_envs = envs.evaluation(evaluation_envs.envs)
-    agent = config.agent.build(
-        envs.observation_space,
-        envs.action_space,
-        total_steps=config.total_steps,
-        seed=config.seed,
-        device=device,
-    )
-    return Parts(envs, evaluation_envs, agent, device, why)
-
-
-def _new_buffer(config: TrainConfig, envs: Envs, storage: str = "shared") -> ReplayBuffer:
-    versions = {VERSION_COLUMN: ArraySpec((), np.dtype(np.int64))}
-    return ReplayBuffer(
-        envs.observation_space,
-        envs.action_space,
-        capacity=config.capacity,
-        num_envs=_rows(config, envs) * max(config.actors, 1),
-        extras=versions if config.actors else {},
-        storage=storage,  # pyright: ignore[reportArgumentType]
-        seed=config.seed,
-    )
-
-
 def _start(preset: str, config: TrainConfig, argv: list[str], dry_run: bool) -> int:
     wrappers = tuple(map(absolute_wrapper, config.env.wrappers))
     config = replace(config, env=replace(config.env, id=_absolute(config.env.id), wrappers=wrappers))
-    parts = _build(config)
+    parts = build_parts(config)
     if dry_run:
-        return _describe(preset, config, parts, _new_buffer(config, parts.envs, "private"))
-    buffer = _new_buffer(config, parts.envs)
-    path = config.run_dir or default_path(config.env.id, preset, config.seed)
+        return _describe(preset, config, parts)
+    buffer = new_buffer(config, parts)
+    path = config.run_dir or default_path(config.env.id, preset.rpartition(":")[2], config.seed)
     run = RunDirectory.create(path, {"preset": preset, "config": to_dict(config)}, ["scripts/train.py", *argv])
     return _train(run, config, parts, buffer, None)
 
 
 def _resume(path: Path, preset: str, config: TrainConfig, dry_run: bool) -> int:
-    parts = _build(config)
+    parts = build_parts(config)
     if dry_run:
-        return _describe(preset, config, parts, _new_buffer(config, parts.envs, "private"))
+        return _describe(preset, config, parts)
     marker = read_marker(path)
     run = RunDirectory.resume(path, {"preset": preset, "config": to_dict(config)})
     checkpoint = run.checkpoints.latest(repair=True)
@@ -205,13 +162,15 @@ def _resume(path: Path, preset: str, config: TrainConfig, dry_run: bool) -> int:
             f"--resume {path}: is DONE at env step {checkpoint.env_steps} of {config.total_steps}; expected steps "
             f"left to train. Extend it with --total-steps {2 * checkpoint.env_steps}."
         )
-    spaces = {"observation_space": parts.envs.observation_space, "action_space": parts.envs.action_space}
-    buffer = ReplayBuffer.load(checkpoint.path / "replay", **spaces)
+    buffer = None
+    if isinstance(config, ReplayTrainConfig):
+        spaces = {"observation_space": parts.envs.observation_space, "action_space": parts.envs.action_space}
+        buffer = ReplayBuffer.load(checkpoint.path / "replay", **spaces)
     return _train(run, config, parts, buffer, checkpoint)
 
 
 def _train(
-    run: RunDirectory, config: TrainConfig, parts: Parts, buffer: ReplayBuffer, checkpoint: Checkpoint | None
+    run: RunDirectory, config: TrainConfig, parts: Parts, buffer: ReplayBuffer | None, checkpoint: Checkpoint | None
 ) -> int:
     torch.set_num_threads(1)  # small networks: threads cost more than they bring, and results stay the same anywhere
     at = 0 if checkpoint is None else checkpoint.env_steps
@@ -221,15 +180,12 @@ def _train(
         curves = TensorBoardLogger(run.path, purge_step=None if checkpoint is None else at + 1)
         console = ConsoleLogger(config.total_steps, at)
         logger = FanOut(curves, console)
-        source = _source(config, parts, buffer)
-        loop = OffPolicyLoop(
+        source = new_source(config, parts, buffer)
+        loop = new_loop(
             config,
-            parts.agent,
+            parts,
             source,
             buffer,
-            device=parts.device,
-            seed=config.seed,
-            evaluate=_evaluator(config, parts.evaluation_envs),
             checkpoints=run.checkpoints,
             logger=logger,
             advance=console.advance,
@@ -240,15 +196,14 @@ def _train(
                 how = loop.restore(checkpoint)
                 print(
                     f"resumed at env step {at} of {config.total_steps} after {loop.updates} updates; "
-                    f"environments: {how}{_RESTARTED if 'restarted' in how else ''}",
+                    f"environments: {how}{_restarted(config) if 'restarted' in how else ''}",
                     flush=True,
                 )
             ended = loop.run()
         finally:
             source.close()
             logger.close()
-            parts.envs.close()
-            parts.evaluation_envs.close()
+            parts.close()
         if not ended and interrupts.received is not None:
             run.mark("STOPPED", interrupts.received.name)
     if not ended or loop.evaluation is None:
@@ -261,67 +216,30 @@ def _train(
     return 0
 
 
-def _rows(config: TrainConfig, envs: Envs) -> int:
-    """Count the rows of one process: more than environments, where each has several agents."""
-    return config.env.num_envs * envs.num_envs if config.actors else envs.num_envs
-
-
-def _source(config: TrainConfig, parts: Parts, buffer: ReplayBuffer) -> Rollout | Actors:
-    if not config.actors:
-        return Rollout(parts.envs, parts.agent.policy, seed=config.seed)
-    spaces = parts.envs.observation_space, parts.envs.action_space
-    return Actors(
-        partial(_actor_envs, config.env),
-        partial(_actor_policy, config, *spaces),
-        buffer,
-        Weights(acting_module(parts.agent)),
-        num_actors=config.actors,
-        envs_per_actor=_rows(config, parts.envs),
-        seed=config.seed,
-        step_timeout_s=2 * config.env.step_timeout_s,  # a pool in an actor sees to its own environments first
-    )
-
-
 def _described(config: TrainConfig, envs: Envs) -> str:
     if config.actors:
         return f"{config.env.num_envs} in each of {config.actors} actor processes"
     return f"{envs.num_envs} in {getattr(envs, 'choice', '') or f'mode {config.env.mode}'}"
 
 
-def _actor_envs(config: EnvConfig, first_env_id: int) -> Envs:
-    # An actor is a process of its own already: a pool in it is for those who ask for one.
-    mode = "serial" if config.mode == "auto" and config.layout == "auto" else config.mode
-    on_fault = config.on_fault or "restart"
-    return build_envs(replace(config, mode=mode, on_fault=on_fault), config.num_envs, first_env_id=first_env_id)
+def _restarted(config: TrainConfig) -> str:
+    cut = ", open episodes of the replay cut" if isinstance(config, ReplayTrainConfig) else ""
+    return f" at their next episode{cut}"
 
 
-def _actor_policy(
-    config: TrainConfig, observation_space: Any, action_space: Any, actor: int, num_actors: int
-) -> tuple[Any, nn.Module]:
-    agent: Any = config.agent.build(
-        observation_space, action_space, total_steps=config.total_steps, seed=config.seed, device=torch.device("cpu")
-    )
-    return agent.actor(actor, num_actors)
-
-
-def _evaluator(config: TrainConfig, envs: Envs) -> Callable[..., Evaluation]:
-    return lambda policy: evaluate(envs, policy, episodes=config.eval_episodes, seed=config.seed)
-
-
-def _describe(preset: str, config: TrainConfig, parts: Parts, buffer: ReplayBuffer) -> int:
+def _describe(preset: str, config: TrainConfig, parts: Parts) -> int:
     print(json.dumps({"preset": preset, "config": to_dict(config)}, indent=2))
-    print(f"replay: {buffer!r}")
+    if (buffer := new_buffer(config, parts, "private")) is not None:
+        print(f"replay: {buffer!r}")
     print(f"device: {parts.device} ({parts.why})")
-    parts.envs.close()
-    parts.evaluation_envs.close()
+    parts.close()
     return 0
 
 
 def _absolute(env_id: str) -> str:
     """Name a file from anywhere: a run may be resumed from another directory."""
     prefix = PETTINGZOO if env_id.startswith(PETTINGZOO) else ""
-    file, colon, name = env_id.removeprefix(prefix).partition(".py")
-    return f"{prefix}{Path(file + colon).resolve()}{name}" if colon else env_id
+    return prefix + absolute_file(env_id.removeprefix(prefix))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float64, Int64
 from numpy import ndarray
 
 WINDOW = 100
+_NEWS = 100_000  # where nobody asks for them, such as in an evaluation, they may not pile up
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class EpisodeStatistics:
     """Sum up rewards and lengths of episodes; one that was lost or cut is none.
 
     ``episodes`` counts those that ended, ``lost`` the environments that were lost, ``cut`` the episodes that were cut
-    beside one; ``finished`` has those that ended in the last step, ``window`` the last 100.
+    beside one; ``finished`` has those that ended in the last step, ``window`` the last 100; `take` gives each once.
 
     Args:
         num_envs: N.
@@ -84,6 +85,17 @@ class EpisodeStatistics:
         self.cut = 0
         self.finished: tuple[EpisodeRecord, ...] = ()
         self.window: deque[EpisodeRecord] = deque(maxlen=WINDOW)
+        self._news: deque[EpisodeRecord] = deque(maxlen=_NEWS)
+
+    def take(self) -> tuple[EpisodeRecord, ...]:
+        """Give every episode once.
+
+        Returns:
+            Those that have ended since this was asked last, in order; the last 100,000 of them.
+        """
+        news = tuple(self._news)
+        self._news.clear()
+        return news
 
     @property
     def mean_return(self) -> float:
@@ -157,6 +169,7 @@ class EpisodeStatistics:
             for row, i in zip(whole.nonzero()[0].tolist(), env_ids[whole].tolist(), strict=True)
         )
         self.window.extend(self.finished)
+        self._news.extend(self.finished)
         self.episodes += len(self.finished)
         self.discard(env_ids[ended])
 
@@ -192,6 +205,7 @@ class EpisodeStatistics:
         """
         self.episodes, self.lost, self.cut = int(state["episodes"]), int(state["lost"]), int(state["cut"])
         self.finished = ()
+        self._news.clear()
         self.window = deque((EpisodeRecord(*record) for record in state["window"]), maxlen=WINDOW)
         self._returns[:] = state["returns"]
         self._lengths[:] = state["lengths"]

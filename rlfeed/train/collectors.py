@@ -5,32 +5,16 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
-from rlfeed.errors import UnsupportedError
 from rlfeed.log import tags
 from rlfeed.replay import ReplayBuffer
 from rlfeed.rollout import Actors, EpisodeRecord, EpisodeStatistics, Rollout
-
-
-@runtime_checkable
-class ActingAgent(Protocol):
-    """Give actors what they act with; what a loop needs of an agent beside `Agent` where it has actors."""
-
-    def actor(self, number: int, count: int) -> tuple[Any, nn.Module]:
-        """Give what an actor acts with.
-
-        Args:
-            number: The actor's, from 0.
-            count: How many there are: each may explore in its own way.
-
-        Returns:
-            A policy, and the module whose weights the learner's has learned: its own with 0 and 1.
-        """
-        ...
+from rlfeed.rollout.acting import VERSION_COLUMN
+from rlfeed.types import Batch
 
 
 class Collector(Protocol):
@@ -63,6 +47,18 @@ class Collector(Protocol):
         """Say what there is to say since this was asked last, by tag."""
         ...
 
+    def lag(self, batch: Batch, updates: int) -> dict[str, Tensor]:
+        """Say how old a batch is.
+
+        Args:
+            batch: What is learned from.
+            updates: Of the run, before it.
+
+        Returns:
+            Curves by tag; none where the weights that are learned act themselves.
+        """
+        ...
+
     def held(self) -> Any:
         """Let nobody step in a block of code; what is counted is exact then."""
         ...
@@ -80,17 +76,23 @@ class Collector(Protocol):
         ...
 
 
-class RolloutCollector:
-    """Step a rollout in this process, with the weights that are learned.
+class BlockCollector(Collector, Protocol):
+    """Take env steps, and give them as blocks."""
 
-    Args:
-        rollout: What steps.
-        buffer: Where steps go.
-        random_steps: Env steps that are taken at random first.
-    """
+    def take(self) -> Batch | None:
+        """Give the next block that has not been given.
 
-    def __init__(self, rollout: Rollout, buffer: ReplayBuffer, random_steps: int) -> None:
-        self._rollout, self._buffer, self._random_steps = rollout, buffer, random_steps
+        Returns:
+            ``[N, T]``; None where there is none yet.
+        """
+        ...
+
+
+class _OwnRollout:
+    """Step a rollout in this process, with the weights that are learned."""
+
+    def __init__(self, rollout: Rollout) -> None:
+        self._rollout = rollout
         self.statistics = rollout.statistics
         self._last = rollout.timing()
 
@@ -103,16 +105,9 @@ class RolloutCollector:
         """
         return self._rollout.env_steps
 
-    def collect(self) -> None:
-        """Take one step in every environment."""
-        rollout = self._rollout
-        rollout.mode = "random" if rollout.env_steps < self._random_steps else "explore"
-        self._buffer.add(next(rollout))
-
     def finished(self) -> tuple[EpisodeRecord, ...]:
-        """Give the episodes that ended in the last step; see `Collector`."""
-        finished, self.statistics.finished = self.statistics.finished, ()
-        return finished
+        """Give the episodes that have ended; see `Collector`."""
+        return self.statistics.take()
 
     def publish(self, updates: int) -> None:
         """Do nothing: it acts with the weights themselves; see `Collector`."""
@@ -121,6 +116,10 @@ class RolloutCollector:
         """Give the speed of each stage; see `Collector`."""
         last, self._last = self._last, self._rollout.timing()
         return {f"time/{stage}_fps": rate for stage, rate in self._last.rates(last).items() if math.isfinite(rate)}
+
+    def lag(self, batch: Batch, updates: int) -> dict[str, Tensor]:
+        """Give nothing; see `Collector`."""
+        return {}
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -138,6 +137,49 @@ class RolloutCollector:
     def comebacks(self) -> tuple[str, ...]:
         """Say how each environment came back; see `Collector`."""
         return self._rollout.comebacks
+
+
+class RolloutCollector(_OwnRollout):
+    """Step a rollout in this process, and store its steps.
+
+    Args:
+        rollout: What steps.
+        buffer: Where steps go.
+        random_steps: Env steps that are taken at random first.
+    """
+
+    def __init__(self, rollout: Rollout, buffer: ReplayBuffer, random_steps: int) -> None:
+        super().__init__(rollout)
+        self._buffer, self._random_steps = buffer, random_steps
+
+    def collect(self) -> None:
+        """Take one step in every environment."""
+        rollout = self._rollout
+        rollout.mode = "random" if rollout.env_steps < self._random_steps else "explore"
+        self._buffer.add(next(rollout))
+
+
+class RolloutBlocks(_OwnRollout):
+    """Step a rollout in this process, a block at a time.
+
+    Args:
+        rollout: What steps.
+        length: Steps of each environment in a block, at least 1.
+    """
+
+    def __init__(self, rollout: Rollout, length: int) -> None:
+        super().__init__(rollout)
+        self._blocks = rollout.blocks(length)
+        self._block: Batch | None = None
+
+    def collect(self) -> None:
+        """Take the steps of a block."""
+        self._block = next(self._blocks)
+
+    def take(self) -> Batch | None:
+        """Give the block; see `BlockCollector`."""
+        block, self._block = self._block, None
+        return block
 
 
 class ActorsCollector:
@@ -201,6 +243,10 @@ class ActorsCollector:
             scalars[tag] = float(rate)
         return scalars
 
+    def lag(self, batch: Batch, updates: int) -> dict[str, Tensor]:
+        """Count the updates since those of the weights that acted; see `Collector`."""
+        return {"replay/policy_lag": updates - batch.extras[VERSION_COLUMN].float().mean()}
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the actors: what is counted is exact then."""
@@ -227,22 +273,3 @@ class ActorsCollector:
         steps, waited_s = [entry.env_steps for entry in stats], [entry.waited_s for entry in stats]
         return time.perf_counter(), np.array(steps), np.array(waited_s)
 
-
-def acting_module(agent: Any) -> nn.Module:
-    """Give the module whose weights actors pull.
-
-    Args:
-        agent: The learner's.
-
-    Returns:
-        The module.
-
-    Raises:
-        UnsupportedError: If the agent has no actors.
-    """
-    if not isinstance(agent, ActingAgent):
-        raise UnsupportedError(
-            f"{type(agent).__name__}: has no method actor(number, count); expected one that gives an actor's policy "
-            "and its module. Write it, or use actors=0."
-        )
-    return agent.actor(0, 1)[1]

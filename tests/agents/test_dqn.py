@@ -81,7 +81,7 @@ def test_learn_loss_is_huber_of_the_errors():
     set_linear(agent.network, ONLINE)
     set_linear(agent.target, TARGET)
     # Q(s, a) is 1 and 1; targets are 3.43 and 2: huber(2.43) = 2.43 - 0.5 and huber(1) = 0.5.
-    metrics = agent.learn(batch(), env_steps=0)
+    metrics = agent.learn(batch(), env_steps=0).scalars
     assert metrics["train/loss"].item() == pytest.approx((1.93 + 0.5) / 2)
     assert metrics["train/q_mean"].item() == pytest.approx(1.0)
 
@@ -90,7 +90,7 @@ def test_learn_weights_scale_each_error():
     agent = make()
     set_linear(agent.network, ONLINE)
     set_linear(agent.target, TARGET)
-    metrics = agent.learn(batch(weights=torch.tensor([0.5, 0.0])), env_steps=0)
+    metrics = agent.learn(batch(weights=torch.tensor([0.5, 0.0])), env_steps=0).scalars
     assert metrics["train/loss"].item() == pytest.approx(1.93 * 0.5 / 2)
 
 
@@ -107,7 +107,7 @@ def test_learn_gradient_is_clipped_and_reported_before():
     agent = make(lr=1.0, max_grad_norm=0.001)
     agent.optimizer = torch.optim.SGD(agent.network.parameters(), lr=1.0)
     before = [parameter.detach().clone() for parameter in agent.network.parameters()]
-    norm = agent.learn(batch(), env_steps=0)["train/grad_norm"].item()
+    norm = agent.learn(batch(), env_steps=0).scalars["train/grad_norm"].item()
     moved = torch.cat([(b - a).flatten() for a, b in zip(before, agent.network.parameters(), strict=True)]).norm()
     assert norm > 0.1
     assert moved.item() == pytest.approx(0.001, rel=1e-3)
@@ -147,8 +147,8 @@ def test_actions_that_do_not_start_at_zero_are_played_and_learned():
     set_linear(plain.network, ONLINE)
     for a in (agent, plain):
         set_linear(a.target, TARGET)
-    shifted = agent.learn(batch(action=torch.tensor([5, 6])), env_steps=0)["train/loss"]
-    assert shifted == plain.learn(batch(), env_steps=0)["train/loss"]
+    shifted = agent.learn(batch(action=torch.tensor([5, 6])), env_steps=0).scalars["train/loss"]
+    assert shifted == plain.learn(batch(), env_steps=0).scalars["train/loss"]
 
 
 def test_policy_greedy_respects_the_action_mask():
@@ -177,7 +177,7 @@ def test_state_dict_loaded_into_another_agent_learns_on_bit_equal():
     other.load_state_dict(saved)
     for _ in range(3):
         other.learn(batch(), env_steps=20)
-    assert other.updates == one.updates == 6
+    assert other.updates.value == one.updates.value == 6
     for a, b in ((one.network, other.network), (one.target, other.target)):
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
@@ -191,7 +191,7 @@ def test_state_dict_shares_no_memory_with_the_agent():
 
 
 def test_load_state_dict_of_another_network_is_a_checkpoint_error():
-    with pytest.raises(CheckpointError, match="another network"):
+    with pytest.raises(CheckpointError, match="'network' does not fit this DQN"):
         make().load_state_dict(make(widths=(3,)).state_dict())
 
 

@@ -13,7 +13,7 @@ from rlfeed.rollout import Rollout
 from rlfeed.testing import ConstantRewardEnv
 from rlfeed.train.checkpoint import Checkpoints
 from rlfeed.train.evaluate import evaluate
-from rlfeed.train.loop import LoopConfig, OffPolicyLoop
+from rlfeed.train.replay_loop import ReplayLoop, ReplayLoopConfig
 
 CPU = torch.device("cpu")
 
@@ -71,8 +71,8 @@ def train(env, directory, num_envs=1, total_steps=1500, **config):
         seed=1,
         device=CPU,
     )
-    loop = OffPolicyLoop(
-        LoopConfig(
+    loop = ReplayLoop(
+        ReplayLoopConfig(
             total_steps=total_steps,
             learning_starts=100,
             train_every=8,

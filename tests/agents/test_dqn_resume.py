@@ -10,10 +10,10 @@ from rlfeed.replay import ReplayBuffer
 from rlfeed.rollout import Rollout
 from rlfeed.train.checkpoint import Checkpoints
 from rlfeed.train.evaluate import evaluate
-from rlfeed.train.loop import LoopConfig, OffPolicyLoop
+from rlfeed.train.replay_loop import ReplayLoop, ReplayLoopConfig
 
 TOTAL = 400
-CONFIG = LoopConfig(
+CONFIG = ReplayLoopConfig(
     total_steps=TOTAL, learning_starts=40, train_every=16, updates_per_round=4, batch_size=16, capacity=400,
     eval_every=150, eval_episodes=2, checkpoint_every=200, log_every=200,
 )  # fmt: skip
@@ -42,7 +42,7 @@ def play(directory, *, num_envs, until=TOTAL, resume=False):
         if checkpoint
         else ReplayBuffer(*spaces, capacity=CONFIG.capacity, num_envs=num_envs)
     )
-    loop = OffPolicyLoop(
+    loop = ReplayLoop(
         CONFIG, agent, Rollout(envs, agent.policy, seed=3), buffer, device=cpu, seed=3,
         evaluate=lambda policy: evaluate(make_envs("CartPole-v1"), policy, episodes=2, seed=5),
         checkpoints=checkpoints, logger=Silent(), stop=lambda: loop.env_steps >= until < TOTAL,
@@ -53,7 +53,7 @@ def play(directory, *, num_envs, until=TOTAL, resume=False):
 
 
 def state_of(loop):
-    rollout = loop._collector.state_dict()
+    rollout = loop.collector.state_dict()
     return [b"".join(map(bytes, encode(state))) for state in (loop.agent.state_dict(), rollout)]
 
 

@@ -10,12 +10,13 @@ from rlfeed.errors import ConfigError, DivergedError
 from rlfeed.replay import ReplayBuffer, Transition
 from rlfeed.rollout import Rollout, adapt
 from rlfeed.testing import IdentifiableEnv
+from rlfeed.train.agent import Learned, ReplayAgent
 from rlfeed.train.checkpoint import Checkpoints
 from rlfeed.train.evaluate import Evaluation
-from rlfeed.train.loop import LoopConfig, OffPolicyLoop
+from rlfeed.train.replay_loop import ReplayLoop, ReplayLoopConfig
 
 CPU = torch.device("cpu")
-CONFIG = LoopConfig(
+CONFIG = ReplayLoopConfig(
     total_steps=120,
     learning_starts=10,
     train_every=16,
@@ -29,7 +30,7 @@ CONFIG = LoopConfig(
 )
 
 
-class SumAgent:
+class SumAgent(ReplayAgent):
     """An agent that learns the sum of all rewards it was shown, and in what order."""
 
     def __init__(self, loss=lambda update: 0.5):
@@ -40,7 +41,10 @@ class SumAgent:
     def learn(self, batch, *, env_steps):
         self.total = self.total + batch.reward.double().sum()
         self.seen.append((env_steps, batch.ids.tolist()))
-        return {"train/loss": torch.tensor(self.loss(len(self.seen)))}
+        return Learned({"train/loss": torch.tensor(self.loss(len(self.seen)))})
+
+    def parts(self):
+        return {}
 
     def scalars(self, env_steps):
         return {"train/learning_rate": 1.0}
@@ -67,7 +71,7 @@ class Run:
             if checkpoint
             else ReplayBuffer(*spaces, capacity=config.capacity, num_envs=num_envs)
         )
-        self.loop = OffPolicyLoop(
+        self.loop = ReplayLoop(
             config,
             self.agent,
             self.rollout,
@@ -151,7 +155,7 @@ def test_loop_at_its_first_step_has_saved_already(tmp_path):
 @pytest.mark.parametrize("update", [1, 10])
 def test_loop_whose_loss_is_nan_once_raises_and_saves_nothing_of_it(tmp_path, update):
     run = Run(tmp_path, agent=SumAgent(lambda n: float("nan") if n == update else 0.5))
-    with pytest.raises(DivergedError, match=r"train/loss: is nan at env step \d+, in the last \d+ of \d+ updates"):
+    with pytest.raises(DivergedError, match=r"update \d+, env step \d+: train/loss is nan; expected finite values"):
         run.loop.run()
     at = [n for n in range(10, 121, 16) for _ in range(3)][update - 1]
     assert int(Checkpoints(tmp_path).paths()[-1].name) < at
@@ -204,4 +208,4 @@ def test_loop_resumed_draws_what_the_uninterrupted_one_would_have_numbered(tmp_p
 
 def test_config_with_several_wrong_values_names_all():
     with pytest.raises(ConfigError, match=r"total_steps: is 0; .*batch_size: is -1; .*num_workers: is -2; .*least 0"):
-        LoopConfig(total_steps=0, batch_size=-1, num_workers=-2)
+        ReplayLoopConfig(total_steps=0, batch_size=-1, num_workers=-2)

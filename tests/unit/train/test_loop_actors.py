@@ -17,13 +17,13 @@ from rlfeed.replay import ReplayBuffer, Transition
 from rlfeed.rollout import Actors, Weights
 from rlfeed.specs import ArraySpec
 from rlfeed.testing import IdentifiableEnv
+from rlfeed.train.agent import Learned, ReplayAgent
 from rlfeed.train.checkpoint import Checkpoints
-from rlfeed.train.collectors import acting_module
 from rlfeed.train.evaluate import Evaluation
-from rlfeed.train.loop import LoopConfig, OffPolicyLoop
+from rlfeed.train.replay_loop import ReplayLoop, ReplayLoopConfig
 
 CPU = torch.device("cpu")
-CONFIG = LoopConfig(
+CONFIG = ReplayLoopConfig(
     total_steps=2000,
     learning_starts=100,
     train_every=100,
@@ -51,7 +51,7 @@ class Counter(nn.Module):
         return torch.full((len(observation),), int(self.updates) % 5)
 
 
-class CountingAgent:
+class CountingAgent(ReplayAgent):
     """Counts its updates, and notes what it was shown."""
 
     unit = Transition()
@@ -66,7 +66,10 @@ class CountingAgent:
     def learn(self, batch, *, env_steps):
         self.policy.updates += 1
         self.versions.append(batch.extras["policy_version"].max().item())
-        return {"train/loss": torch.tensor(0.5)}
+        return Learned({"train/loss": torch.tensor(0.5)})
+
+    def parts(self):
+        return {}
 
     def scalars(self, env_steps):
         return {}
@@ -99,14 +102,14 @@ class Run:
             lambda first: SerialEnvs([IdentifiableEnv(first), IdentifiableEnv(first + 1)]),
             lambda actor, num_actors: CountingAgent().actor(actor, num_actors),
             self.buffer,
-            Weights(acting_module(self.agent)),
+            Weights(self.agent.actor(0, 1)[1]),
             num_actors=2,
             envs_per_actor=2,
             pull_every=1,
             seed=3,
             start_method="fork",
         )
-        self.loop = OffPolicyLoop(
+        self.loop = ReplayLoop(
             config,
             self.agent,
             self.actors,
@@ -213,7 +216,10 @@ def test_loop_whose_actor_is_killed_trains_to_the_end(tmp_path):
 
 
 def test_loop_of_an_agent_without_actors_says_so():
-    with pytest.raises(UnsupportedError, match="object: has no method actor"):
-        acting_module(object())
+    class Still(CountingAgent):
+        actor = ReplayAgent.actor
+
+    with pytest.raises(UnsupportedError, match="Still: has no method actor"):
+        Still().actor(0, 1)
     with pytest.raises(ConfigError, match="actors: is -1"):
-        LoopConfig(actors=-1)
+        ReplayLoopConfig(actors=-1)
