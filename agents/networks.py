@@ -5,11 +5,11 @@ Every weight comes from a generator the caller hands in; torch's global random s
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from gymnasium import spaces
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from rlfeed import specs
@@ -37,22 +37,137 @@ def linear(inputs: int, outputs: int, gain: float, generator: torch.Generator) -
     return _initialise(nn.utils.skip_init(nn.Linear, inputs, outputs), gain, generator)
 
 
-def mlp(inputs: int, widths: Sequence[int], generator: torch.Generator) -> nn.Sequential:
-    """Make a multilayer perceptron with a ReLU after every layer.
+def mlp(
+    inputs: int,
+    widths: Sequence[int],
+    generator: torch.Generator,
+    *,
+    activation: type[nn.Module] = nn.ReLU,
+    layer_norm: bool = False,
+) -> nn.Sequential:
+    """Make a multilayer perceptron with an activation after every layer.
 
     Args:
         inputs: Features in, at least 1.
         widths: Units of each layer; may be empty.
         generator: Where the weights come from.
+        activation: After each layer.
+        layer_norm: Whether each layer is normalised before its activation (Ba et al. 2016, Layer normalization).
 
     Returns:
-        The network, ``[B, inputs]`` to ``[B, widths[-1]]``.
+        The network, ``[..., inputs]`` to ``[..., widths[-1]]``.
     """
     layers: list[nn.Module] = []
     for width in widths:
-        layers += [linear(inputs, width, math.sqrt(2), generator), nn.ReLU()]
+        layers.append(linear(inputs, width, math.sqrt(2), generator))
+        layers += [nn.LayerNorm(width), activation()] if layer_norm else [activation()]
         inputs = width
     return nn.Sequential(*layers)
+
+
+class Recurrent(nn.Module):
+    """Remember what came before: an LSTM or a GRU whose carry begins with zeros in every episode.
+
+    The carry is what a `Policy` has: one tensor, or two for an LSTM, of ``[rows, layers, width]``.
+
+    Args:
+        inputs: Features in, at least 1.
+        width: Features out, at least 1.
+        generator: Where the weights come from.
+        kind: ``"lstm"`` or ``"gru"``.
+        layers: One upon the other, at least 1.
+
+    Source:
+        Hochreiter and Schmidhuber 1997, Long short-term memory; Cho et al. 2014, Learning phrase representations using
+        RNN encoder-decoder.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        generator: torch.Generator,
+        *,
+        kind: Literal["lstm", "gru"] = "lstm",
+        layers: int = 1,
+    ) -> None:
+        super().__init__()
+        self.kind, self.width, self.layers = kind, width, layers
+        make = nn.LSTM if kind == "lstm" else nn.GRU
+        self.core = nn.utils.skip_init(make, inputs, width, num_layers=layers, batch_first=True)
+        for name, parameter in self.core.named_parameters():
+            if name.startswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.orthogonal_(parameter, generator=generator)
+
+    @property
+    def carry_space(self) -> spaces.Space:
+        """Say what the carry of one environment is, to a replay that stores it.
+
+        Returns:
+            A Box ``[layers, width]``; a Tuple of two for an LSTM.
+        """
+        box = spaces.Box(-math.inf, math.inf, (self.layers, self.width), "float32")
+        return spaces.Tuple((box, box)) if self.kind == "lstm" else box
+
+    def initial_carry(self, rows: int) -> Nest:
+        """Give the carry with which episodes begin.
+
+        Args:
+            rows: How many.
+
+        Returns:
+            Zeros, ``[rows, layers, width]`` per leaf, on the module's device.
+        """
+        zeros = torch.zeros(rows, self.layers, self.width, device=next(self.parameters()).device)
+        return (zeros, zeros.clone()) if self.kind == "lstm" else zeros
+
+    def forward(
+        self, features: Float[Tensor, "B T inputs"], carry: Nest, is_first: Bool[Tensor, "B T"] | None = None
+    ) -> tuple[Float[Tensor, "B T width"], Nest]:
+        """Go over sequences.
+
+        Args:
+            features: What comes in.
+            carry: Before the first step, ``[B, layers, width]`` per leaf.
+            is_first: True where an episode begins, and the carry is zeros again; None: nowhere inside.
+
+        Returns:
+            What comes out at each step, and the carry after the last one.
+        """
+        if is_first is None:
+            return self._run(features, carry)
+        outputs, began = [], 0
+        # Between two resets of any row all rows go on together, in one call of the core.
+        for t in [*is_first.any(dim=0).nonzero().flatten().tolist(), features.shape[1]]:
+            if t > began:
+                output, carry = self._run(features[:, began:t], carry)
+                outputs.append(output)
+            if t < features.shape[1]:
+                first = is_first[:, t, None, None]
+                carry = map_nest(lambda leaf, first=first: torch.where(first, 0.0, leaf), carry)
+            began = t
+        return torch.cat(outputs, dim=1), carry
+
+    def step(self, features: Float[Tensor, "B inputs"], carry: Nest) -> tuple[Float[Tensor, "B width"], Nest]:
+        """Take one step; whoever acts resets the carry, as `Rollout` does.
+
+        Args:
+            features: What comes in.
+            carry: ``[B, layers, width]`` per leaf.
+
+        Returns:
+            What comes out, and the next carry.
+        """
+        output, carry = self._run(features.unsqueeze(1), carry)
+        return output.squeeze(1), carry
+
+    def _run(self, features: Tensor, carry: Nest) -> tuple[Tensor, Nest]:
+        # torch keeps layers before rows, whatever batch_first says.
+        turned = map_nest(lambda leaf: leaf.transpose(0, 1).contiguous(), carry)
+        output, carry = self.core(features, turned)
+        return output, map_nest(lambda leaf: leaf.transpose(0, 1), carry)
 
 
 class Encoder(nn.Module):
