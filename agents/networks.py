@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rlfeed import specs
 from rlfeed.errors import SpaceError
-from rlfeed.nest import Nest, Path, describe, leaves
+from rlfeed.nest import Nest, Path, describe, leaves, map_nest
 
 IMAGE_CHANNELS = (32, 64, 64)  # of the strided convolutions, the last one repeated
 
@@ -94,7 +94,8 @@ class Recurrent(nn.Module):
         super().__init__()
         self.kind, self.width, self.layers = kind, width, layers
         make = nn.LSTM if kind == "lstm" else nn.GRU
-        self.core = nn.utils.skip_init(make, inputs, width, num_layers=layers, batch_first=True)
+        # Made without weights first: its own would come from torch's global random state.
+        self.core = make(inputs, width, num_layers=layers, batch_first=True, device="meta").to_empty(device="cpu")
         for name, parameter in self.core.named_parameters():
             if name.startswith("bias"):
                 nn.init.zeros_(parameter)

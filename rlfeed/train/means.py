@@ -97,7 +97,7 @@ class Means:
         if math.isfinite(values.sum().item()):  # one number to read; the sum of finite ones may be too large, though
             return
         told = dict(zip(tags, values.tolist(), strict=True))
-        wrong = [f"{tag} is {value}" for tag, value in told.items() if not math.isfinite(value)]
+        wrong = [(tag, value) for tag, value in told.items() if not math.isfinite(value)]
         if not wrong:
             return
         kept = ""
@@ -105,9 +105,11 @@ class Means:
             numbers = {"env_steps": env_steps, "updates": updates, "scalars": told}
             save_state(self._place, {**numbers, "batch": _fields_of(batch)})
             kept = f" Its batch lies in {self._place}: look at it by rlfeed.durable.load_state."
+        others = f", with {', '.join(tag for tag, _ in wrong[1:])}" if wrong[1:] else ""
         raise DivergedError(
-            f"update {updates}, env step {env_steps}: {', '.join(wrong)}; expected finite values.{kept} Look at "
-            "rewards and observations there, or lower the learning rate; earlier checkpoints are as they were."
+            f"{wrong[0][0]}: is {wrong[0][1]} at env step {env_steps}, in update {updates}{others}; expected finite "
+            f"values.{kept} Look at its rewards and observations, or lower the learning rate; earlier checkpoints are "
+            "as they were."
         )
 
 

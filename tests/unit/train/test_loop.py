@@ -5,6 +5,7 @@ import pytest
 import torch
 from support.recorder import Recorder
 
+from rlfeed.durable import load_state
 from rlfeed.envs import make_envs
 from rlfeed.errors import ConfigError, DivergedError
 from rlfeed.replay import ReplayBuffer, Transition
@@ -79,7 +80,7 @@ class Run:
             device=CPU,
             seed=3,
             evaluate=self.evaluate,
-            checkpoints=Checkpoints(directory),
+            checkpoints=Checkpoints(directory / "checkpoints"),
             logger=self.logger,
             advance=lambda env_steps: self.modes.append(self.rollout.mode),
             stop=lambda: stop(self.loop),
@@ -105,7 +106,7 @@ def test_loop_to_the_end_does_what_is_due_when_it_is_due(tmp_path):
     assert run.logger.points["eval/mean_ep_length"] == [(40, 6.0), (80, 6.0), (120, 6.0)]
     assert run.logger.points["replay/ratio"][-1] == (120, 21 * 8 / 120)
     assert run.logger.points["replay/size"][-1] == (120, 120)
-    assert [path.name for path in Checkpoints(tmp_path).paths()] == ["000000000100", "000000000120"]
+    assert [path.name for path in Checkpoints(tmp_path / "checkpoints").paths()] == ["000000000100", "000000000120"]
     assert run.loop.evaluation.mean == 3.0
     # The last checkpoint came after every point had been flushed: a kill then loses none of them.
     assert run.logger.flushed == {tag: len(points) for tag, points in run.logger.points.items()}
@@ -149,16 +150,19 @@ def test_loop_learning_starts_at_most_after_a_tenth_of_the_run(tmp_path):
 def test_loop_at_its_first_step_has_saved_already(tmp_path):
     run = Run(tmp_path, stop=lambda loop: loop.env_steps == 1)
     assert run.loop.run() is False
-    assert [path.name for path in Checkpoints(tmp_path).paths()] == ["000000000000", "000000000001"]
+    assert [path.name for path in Checkpoints(tmp_path / "checkpoints").paths()] == ["000000000000", "000000000001"]
 
 
 @pytest.mark.parametrize("update", [1, 10])
 def test_loop_whose_loss_is_nan_once_raises_and_saves_nothing_of_it(tmp_path, update):
     run = Run(tmp_path, agent=SumAgent(lambda n: float("nan") if n == update else 0.5))
-    with pytest.raises(DivergedError, match=r"update \d+, env step \d+: train/loss is nan; expected finite values"):
+    with pytest.raises(DivergedError, match=rf"train/loss: is nan at env step \d+, in update {update}; expected"):
         run.loop.run()
     at = [n for n in range(10, 121, 16) for _ in range(3)][update - 1]
-    assert int(Checkpoints(tmp_path).paths()[-1].name) < at
+    dumped = load_state(tmp_path / "diverged.state")
+    assert (dumped["env_steps"], dumped["updates"]) == (at, update)
+    assert dumped["batch"]["ids"].tolist() == run.agent.seen[-1][1]
+    assert int(Checkpoints(tmp_path / "checkpoints").paths()[-1].name) < at
 
 
 def test_loop_stopped_during_an_evaluation_saves_and_returns(tmp_path):
@@ -173,7 +177,7 @@ def test_loop_stopped_during_an_evaluation_saves_and_returns(tmp_path):
     run.loop._evaluate, run.loop._stop = evaluate, lambda: bool(stopping)
     assert run.loop.run() is False
     assert run.loop.evaluation is None
-    assert Checkpoints(tmp_path).latest().env_steps == 40
+    assert Checkpoints(tmp_path / "checkpoints").latest().env_steps == 40
 
 
 @pytest.mark.filterwarnings("ignore:.*open episodes did not come back:RuntimeWarning")  # it counts its resets
@@ -181,7 +185,7 @@ def test_loop_stopped_during_an_evaluation_saves_and_returns(tmp_path):
 def test_loop_resumed_twice_from_one_checkpoint_goes_on_bit_equal(tmp_path, at):
     first = Run(tmp_path / "a", stop=lambda loop: loop.env_steps == at)
     assert first.loop.run() is False
-    checkpoint = Checkpoints(tmp_path / "a").latest()
+    checkpoint = Checkpoints(tmp_path / "a" / "checkpoints").latest()
     assert checkpoint.env_steps == at
     assert checkpoint.info["environments"] == "re-enacted"
     resumed = [Run(tmp_path / name, checkpoint=checkpoint) for name in ("b", "c")]
@@ -202,7 +206,7 @@ def test_loop_resumed_draws_what_the_uninterrupted_one_would_have_numbered(tmp_p
     # The draws of a resumed run are the next numbers of the same stream: none is repeated.
     first = Run(tmp_path / "a", stop=lambda loop: loop.updates == 6)
     first.loop.run()
-    resumed = Run(tmp_path / "b", checkpoint=Checkpoints(tmp_path / "a").latest())
+    resumed = Run(tmp_path / "b", checkpoint=Checkpoints(tmp_path / "a" / "checkpoints").latest())
     assert resumed.loop._loader.state_dict()["batch"] == 6
 
 
