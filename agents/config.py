@@ -21,7 +21,16 @@ from rlfeed.train.replay_loop import ReplayLoopConfig
 
 @dataclass(frozen=True, kw_only=True)
 class AgentConfig(ABC):
-    """Hold an algorithm's settings; each agent has a subclass."""
+    """Hold an algorithm's settings; each agent has a subclass.
+
+    Args:
+        compile: Whether updates are compiled by torch.compile: faster where they are many, after a minute or so in
+            which they are compiled. Results differ in the last digits.
+        bfloat16: Whether forward passes of updates multiply matrices in bfloat16: for large networks on a GPU.
+    """
+
+    compile: bool = False
+    bfloat16: bool = False
 
     @abstractmethod
     def build(
