@@ -120,8 +120,8 @@ def lambda_returns(
         lambda-returns with experience replay), equation 5, for Q(lambda) as Gallici et al. 2024 (PQN) use it.
     """
     _check("lambda_returns", reward=reward, discount=discount, next_value=next_value, continues=continues, lam=lam)
-    onward = _onward(continues, lam, reward)
-    return _sums(reward + _times(discount * (1 - onward), next_value), discount * onward)
+    onward = _where_continuing(continues, discount * lam)
+    return _sums(reward + _times(discount - onward, next_value), onward)
 
 
 def discounted_returns(
@@ -225,7 +225,7 @@ def gae(
     found = {"reward": reward, "discount": discount, "value": value, "next_value": next_value}
     _check("gae", **found, continues=continues, lam=lam)
     error = reward + _times(discount, next_value) - value
-    return _sums(error, discount * _onward(continues, lam, reward))
+    return _sums(error, _where_continuing(continues, discount * lam))
 
 
 @torch.no_grad()
@@ -277,11 +277,12 @@ def vtrace(
     found = {"log_rho": log_rho, "reward": reward, "discount": discount, "value": value, "next_value": next_value}
     _check("vtrace", **found, continues=continues, lam=lam)
     rho = log_rho.exp()
-    onward = _onward(continues, lam, reward)
+    onward = discount * lam
     error = rho.clamp(max=rho_bar) * (reward + _times(discount, next_value) - value)
-    target = value + _sums(error, discount * onward * rho.clamp(max=c_bar))
+    target = value + _sums(error, _where_continuing(continues, onward * rho.clamp(max=c_bar)))
+    onward = _where_continuing(continues, onward)
     following = torch.cat([target[:, 1:], next_value[:, -1:]], dim=1)
-    estimate = reward + _times(discount * (1 - onward), next_value) + _times(discount * onward, following)
+    estimate = reward + _times(discount - onward, next_value) + _times(onward, following)
     return VTrace(target, rho.clamp(max=pg_rho_bar) * (estimate - value))
 
 
@@ -394,10 +395,8 @@ def _times(weight: Tensor, value: Tensor) -> Tensor:
     return weight * torch.where(weight == 0, 0.0, value)
 
 
-def _onward(continues: Tensor, lam: float | Tensor, like: Tensor) -> Float[Tensor, "B T"]:
-    """Give lam where the next column follows, else 0."""
-    lam = lam if isinstance(lam, Tensor) else torch.full_like(like, lam)  # filled there: a copy would wait for a device
-    return torch.where(_without_last(continues), lam, 0.0)
+def _where_continuing(continues: Tensor, weight: Tensor) -> Float[Tensor, "B T"]:
+    return torch.where(_without_last(continues), weight, 0.0)
 
 
 def _without_last(continues: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:

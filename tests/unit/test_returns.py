@@ -1,13 +1,12 @@
 """Returns and advantages: golden values, and what must not be confused.
 
-Golden values that other tests hold, since other code computes them:
+Golden values of other parts are held where those are tested:
 
-    n-step sums at sampling, the window at a writer's head   property/test_replay_model.py, unit/replay/test_buffer.py
-    prioritized probabilities and weights                    unit/replay/test_samplers.py
-    sequence priorities, eta = 0.9                           unit/replay/test_writeback.py
-    running mean and variance                                unit/envs/test_normalize.py
-    V-trace                                                  unit/test_returns_vtrace.py
-    distributions, supports, polyak, the ladder              agents/test_distributions.py, test_supports.py
+    n-step sums at sampling, priorities    unit/replay/test_golden_draws.py, property/test_replay_model.py
+    running mean and variance              unit/envs/test_normalize.py
+    V-trace                                unit/test_returns_vtrace.py
+    distributions, supports, polyak        agents/test_distributions.py, agents/test_supports.py
+    interquartile mean                     unit/train/test_aggregate.py
 """
 
 import math
@@ -220,6 +219,17 @@ def test_rescale_gradient_at_zero_is_finite():
     torch.autograd.backward(unrescale(rescale(x)))
 
     assert_near(x.grad, [1.0], 1e-3)
+
+
+def test_transformed_n_step_double_q_rlax_rows_equals_golden():
+    """rlax/_src/nonlinear_bellman_test.py: h(2-step return of h^-1(target Q)) less Q, signed hyperbolic pair."""
+    value, next_value = rows([1.1, 1.1, 3.1], [3.1, -1.1, -2.1]), rows([1.2, 0.2, 2.2], [2.2, 1.2, -1.2])
+    reward, discount = rows([-1.3, -1.3, 2.3], [1.3, 5.3, -3.3]), rows([0.0, 0.89, 0.85], [0.88, 1.0, 0.83])
+
+    targets = rescale(n_step_returns(reward, discount, unrescale(next_value), RUNNING[:, :3], n=2))
+
+    expected = [[-1.6178751, 0.85600746, -0.75762916], [-0.87689304, 0.6246443, 0.3598088]]
+    assert_near(targets - value, expected, 5e-5)  # rlax's own inverse is off by 2e-5 in float32
 
 
 # Means that leave out padding.
