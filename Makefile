@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt \
 	--config-settings editable_mode=compat
 
-.PHONY: help train test test-slow lint tensorboard benchmark peers clean
+.PHONY: help train test test-slow lint tensorboard benchmark scores peers clean
 
 help:
 	@echo "make train [ARGS=...]      train DQN on CartPole-v1, or what ARGS says: ARGS=\"dqn --env.id Acrobot-v1\""
@@ -22,6 +22,7 @@ help:
 	@echo "make lint                  ruff and pyright"
 	@echo "make tensorboard           show the curves of all runs"
 	@echo "make benchmark [ARGS=...]  measure the data path on this machine"
+	@echo "make scores [ARGS=...]     train and score every agent on published tasks; goes on where it was stopped"
 	@echo "make peers                 install the libraries that make benchmark compares with"
 	@echo "make clean                 remove the environment and caches; runs stay"
 
@@ -43,6 +44,9 @@ tensorboard: $(VENV)/cli.stamp
 
 benchmark: $(VENV)/cli.stamp
 	$(BIN)/python scripts/benchmark.py $(ARGS)
+
+scores: $(VENV)/cli.stamp
+	$(BIN)/python scripts/scores.py $(ARGS)
 
 peers: $(VENV)/bench.stamp
 

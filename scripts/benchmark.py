@@ -7,6 +7,8 @@
     python scripts/benchmark.py feed-vectors       some of it
     python scripts/benchmark.py rollout            environments stepped by a policy, beside other libraries' loops
     python scripts/benchmark.py rollout-step       some of it
+    python scripts/benchmark.py agents --rounds 3  whole training runs, beside stable-baselines3's
+    python scripts/benchmark.py agents-dqn         some of it
 
 All contestants work in one process, on one thread, in alternating rounds; those of the feed and of rollouts have
 workers of their own. Times are medians of rounds, in microseconds of the processor (of the wall clock where a table
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from agents_benchmark import WORKS, AgentsBenchmark
 from contest import Case, Contest, ratio
 from contestants import Bare, Contestant, Draw, NotServedError, Rlfeed, transitions
 from feed_benchmark import FeedBenchmark
@@ -244,7 +247,7 @@ def main(args: Iterable[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ("replay", *REPLAY, "feed", *(f"feed-{name}" for name in FEED))
-    names += ("rollout", *(f"rollout-{name}" for name in ROLLOUT))
+    names += ("rollout", *(f"rollout-{name}" for name in ROLLOUT), "agents", *(f"agents-{name}" for name in WORKS))
     parser.add_argument("what", nargs="*", metavar="what", help=f"{', '.join(names)}; default: replay feed rollout")
     parser.add_argument("--rows", type=int, default=ROWS, help="steps held where rows are small")
     parser.add_argument("--rounds", type=int, default=15, help="alternating rounds")
@@ -269,6 +272,10 @@ def main(args: Iterable[str] | None = None) -> None:
         rollout = RolloutBenchmark(contest, flags.rows)
         for name in chosen:
             getattr(rollout, name)()
+    if chosen := [name for name in WORKS if {"agents", f"agents-{name}"} & wanted]:
+        agents = AgentsBenchmark(contest)
+        for name in chosen:
+            agents.measure(name)
     if flags.json is not None:
         contest.save(flags.json)
 

@@ -19,6 +19,10 @@ import peers  # noqa: E402
 import rollout_contestants  # noqa: E402
 import rollout_life  # noqa: E402
 import rollout_peers  # noqa: E402
+import score_rows  # noqa: E402
+import score_runs  # noqa: E402
+import score_tables  # noqa: E402
+import scores as scores_script  # noqa: E402
 import train as train_script  # noqa: E402
 import workloads  # noqa: E402
 
@@ -37,6 +41,10 @@ __all__ = [
     "rollout_contestants",
     "rollout_life",
     "rollout_peers",
+    "score_rows",
+    "score_runs",
+    "score_tables",
+    "scores_script",
     "train_script",
     "workloads",
 ]
