@@ -266,7 +266,7 @@ class _Flat(nn.Module):
         self.scale = _scale(space) if space.dtype == "uint8" else 1.0
 
     def forward(self, value: Tensor) -> Float[Tensor, "B features"]:
-        flat = value.reshape(len(value), -1).float()
+        flat = value.reshape(len(value), self.features).float()
         return flat if self.scale == 1.0 else flat * self.scale
 
 
@@ -281,7 +281,7 @@ class _OneHot(nn.Module):
         self.register_buffer("offset", first - torch.tensor(starts), persistent=False)
 
     def forward(self, value: Integer[Tensor, "B ..."]) -> Float[Tensor, "B features"]:
-        index = value.reshape(len(value), -1).long() + self.offset
+        index = value.reshape(len(value), len(self.offset)).long() + self.offset
         return torch.zeros(len(value), self.features, device=value.device).scatter_(1, index, 1.0)
 
 

@@ -39,6 +39,15 @@ def test_encoder_of_a_uint8_vector_scales_it_by_its_bound():
     assert encoder(spaces.Box(0, 4, (2,), np.uint8))(torch.tensor([[4, 1]], dtype=torch.uint8)).tolist() == [[1, 0.25]]
 
 
+@pytest.mark.parametrize(
+    ("space", "features"),
+    [(spaces.Discrete(3), 3), (spaces.MultiDiscrete([2, 3]), 5), (spaces.Box(-1, 1, (2, 2)), 4)],
+)
+def test_encoder_of_no_rows_gives_no_rows(space, features):
+    """A block in which no episode ends has no final observations."""
+    assert encoder(space)(sample(space, 1)[:0]).shape == (0, features)
+
+
 def test_encoder_of_dict_takes_leaves_by_name_in_any_order():
     pair = spaces.Tuple([spaces.Box(0, 1, (1,)), spaces.MultiBinary(2)])
     net = encoder(spaces.Dict({"a": spaces.Discrete(2), "b": pair}))
