@@ -4,7 +4,7 @@ Every weight comes from a generator the caller hands in; torch's global random s
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from rlfeed.errors import SpaceError
 from rlfeed.nest import Nest, Path, describe, leaves, map_nest
 
 IMAGE_CHANNELS = (32, 64, 64)  # of the strided convolutions, the last one repeated
+SIGMA = 0.5  # of noisy layers at first, over the square root of their inputs
 
 
 def linear(inputs: int, outputs: int, gain: float, generator: torch.Generator) -> nn.Linear:
@@ -208,21 +209,68 @@ class Encoder(nn.Module):
         return encoded[0] if len(encoded) == 1 else torch.cat(encoded, dim=-1)
 
 
+class NoisyLinear(nn.Module):
+    """Map features linearly by weights that carry noise whose scale is learned.
+
+    With noise e of its inputs and outputs and f(e) = sign(e) sqrt|e|, the weights are ``mean + sigma f(e_out) f(e_in)``
+    and the bias is ``mean + sigma f(e_out)``. Who calls the layer draws the noise; without any the means are used,
+    whatever ``training`` says.
+
+    Args:
+        inputs: Features in, at least 1.
+        outputs: Features out, at least 1.
+        gain: Scale of the means; see `linear`.
+        generator: Where the means come from.
+
+    Source:
+        Fortunato et al. 2018, Noisy networks for exploration, equations 9 to 11 and section 3.2.
+    """
+
+    def __init__(self, inputs: int, outputs: int, gain: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.inputs, self.outputs = inputs, outputs
+        self.mean = linear(inputs, outputs, gain, generator)
+        self.weight_sigma = nn.Parameter(torch.full((outputs, inputs), SIGMA / math.sqrt(inputs)))
+        self.bias_sigma = nn.Parameter(torch.full((outputs,), SIGMA / math.sqrt(inputs)))
+
+    def forward(
+        self, features: Float[Tensor, "B inputs"], noise: Float[Tensor, " inputs_and_outputs"] | None = None
+    ) -> Float[Tensor, "B outputs"]:
+        """Map a batch.
+
+        Args:
+            features: ``[B, inputs]``.
+            noise: Standard normal, one number per input and then one per output; None for the means alone.
+
+        Returns:
+            ``[B, outputs]``.
+        """
+        if noise is None:
+            return self.mean(features)
+        noise_in, noise_out = (noise.sign() * noise.abs().sqrt()).split([self.inputs, self.outputs])
+        weight = torch.addcmul(self.mean.weight, self.weight_sigma, torch.outer(noise_out, noise_in))
+        return nn.functional.linear(features, weight, torch.addcmul(self.mean.bias, self.bias_sigma, noise_out))
+
+
 class QNetwork(nn.Module):
-    """Estimate the value of every discrete action.
+    """Estimate the value of every discrete action, or the distribution of its return.
 
     Args:
         observation_space: The Gymnasium space of one observation.
         actions: How many actions there are, at least 1.
         widths: Units of the fully connected layers after the encoder.
-        dueling: Estimate a state value and mean-centred advantages in place of the values themselves.
+        dueling: Estimate a state value and mean-centred advantages in place of the values themselves; with atoms, for
+            every atom.
+        atoms: Logits per action; 1 for plain values.
+        noisy: Make the layers after the encoder `NoisyLinear`.
         generator: Where the weights come from.
 
     Raises:
         SpaceError: If a part of the observation space is not supported; the message names the part.
 
     Source:
-        Wang et al. 2016, Dueling network architectures for deep reinforcement learning, equation 9.
+        Wang et al. 2016, Dueling network architectures for deep reinforcement learning, equation 9; Bellemare et al.
+        2017, A distributional perspective on reinforcement learning, section 4.1.
     """
 
     def __init__(
@@ -232,29 +280,69 @@ class QNetwork(nn.Module):
         widths: Sequence[int],
         *,
         dueling: bool,
+        atoms: int = 1,
+        noisy: bool = False,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
+        layer = NoisyLinear if noisy else linear
+        self.shape = (-1, actions) if atoms == 1 else (-1, actions, atoms)
         self.encoder = Encoder(observation_space, generator)
-        self.trunk = mlp(self.encoder.features, widths, generator)
-        features = widths[-1] if widths else self.encoder.features
-        self.advantage = linear(features, actions, 1.0, generator)
-        self.value = linear(features, 1, 1.0, generator) if dueling else None
+        inputs = [self.encoder.features, *widths]
+        self.trunk = nn.ModuleList(
+            layer(a, b, math.sqrt(2), generator) for a, b in zip(inputs[:-1], inputs[1:], strict=True)
+        )
+        self.advantage = layer(inputs[-1], actions * atoms, 1.0, generator)
+        self.value = layer(inputs[-1], atoms, 1.0, generator) if dueling else None
+        noisy_layers = [part for part in self.modules() if isinstance(part, NoisyLinear)]
+        self.noise_sizes = [part.inputs + part.outputs for part in noisy_layers]
 
-    def forward(self, observation: Nest) -> Float[Tensor, "B actions"]:
+    def forward(
+        self, observation: Nest, noise: Float[Tensor, " noise"] | None = None
+    ) -> Float[Tensor, "B actions *atoms"]:
         """Estimate the value of each action.
 
         Args:
             observation: ``[B, ...]`` per leaf.
+            noise: Standard normal, ``sum(noise_sizes)`` numbers for the noisy layers; None for their means.
 
         Returns:
-            One value per action, in the unit of a discounted return.
+            One value per action, in the unit of a discounted return; with atoms the logits of each.
         """
-        features = self.trunk(self.encoder(observation))
-        advantage = self.advantage(features)
+        parts = iter(() if noise is None else noise.split(self.noise_sizes))
+        features = self.encoder(observation)
+        for layer in self.trunk:
+            features = _mapped(layer, features, parts).relu()
+        advantage = _mapped(self.advantage, features, parts).view(self.shape)
         if self.value is None:
             return advantage
-        return self.value(features) + advantage - advantage.mean(dim=-1, keepdim=True)
+        value = _mapped(self.value, features, parts).view(self.shape[0], 1, *self.shape[2:])
+        return value + advantage - advantage.mean(dim=1, keepdim=True)
+
+
+def _mapped(layer: nn.Module, features: Tensor, noise: Iterator[Tensor]) -> Tensor:
+    return layer(features, next(noise, None)) if isinstance(layer, NoisyLinear) else layer(features)
+
+
+def flatten_parameters(module: nn.Module) -> nn.Parameter:
+    """Lay a module's parameters side by side in one tensor, and their gradients in another.
+
+    An optimiser, a norm or a copy of the one tensor is one kernel instead of one per layer: for small networks these
+    took as long as the layers themselves. Gradients are added to what is there: zero the one tensor's before.
+
+    Args:
+        module: On the device where it stays; its parameters become views.
+
+    Returns:
+        The one tensor, with its ``grad``.
+    """
+    parameters = list(module.parameters())
+    flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+    flat.grad = torch.zeros_like(flat)
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, data, grad in zip(parameters, flat.detach().split(sizes), flat.grad.split(sizes), strict=True):
+        parameter.data, parameter.grad = data.view_as(parameter), grad.view_as(parameter)
+    return flat
 
 
 class _Flat(nn.Module):

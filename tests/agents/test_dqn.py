@@ -5,6 +5,7 @@ from gymnasium import spaces
 
 from agents.dqn import DQN, DQNConfig
 from rlfeed.errors import CheckpointError, ConfigError, FieldError, SpaceError
+from rlfeed.replay import Prioritized
 from rlfeed.types import Batch, PolicyContext
 
 
@@ -20,8 +21,13 @@ def make(actions=None, observation=None, total_steps=100, **config):
 
 
 def set_linear(network, weight, bias=(0.0, 0.0)):
-    network.advantage.weight.data = torch.tensor(weight)
-    network.advantage.bias.data = torch.tensor(bias)
+    with torch.no_grad():
+        network.advantage.weight.copy_(torch.tensor(weight))
+        network.advantage.bias.copy_(torch.tensor(bias))
+
+
+def targets_of(agent, batch):
+    return agent.targets(batch.reward, batch.discount, batch.next_observation)
 
 
 def batch(**changes):
@@ -53,14 +59,14 @@ def test_targets_by_hand_choose_and_value_with_the_right_networks(double, bootst
     agent = make(double=double)
     set_linear(agent.network, ONLINE)
     set_linear(agent.target, TARGET)
-    assert agent.targets(batch()).tolist() == pytest.approx([1.0 + 0.81 * bootstrap, 2.0])
+    assert targets_of(agent, batch()).tolist() == pytest.approx([1.0 + 0.81 * bootstrap, 2.0])
 
 
 def test_targets_where_terminated_ignore_even_an_infinite_value():
     agent = make()
     set_linear(agent.target, TARGET)
     agent.target.advantage.bias.data[:] = torch.inf
-    assert agent.targets(batch()).tolist() == [torch.inf, 2.0]
+    assert targets_of(agent, batch()).tolist() == [torch.inf, 2.0]
 
 
 def test_targets_where_truncated_bootstrap():
@@ -68,12 +74,12 @@ def test_targets_where_truncated_bootstrap():
     set_linear(agent.network, ONLINE)
     set_linear(agent.target, TARGET)
     truncated = batch(truncated=torch.tensor([True, False]))
-    assert torch.equal(agent.targets(truncated), agent.targets(batch()))
+    assert torch.equal(targets_of(agent, truncated), targets_of(agent, batch()))
 
 
-def test_targets_of_sequences_are_refused():
+def test_learn_from_sequences_is_refused():
     with pytest.raises(FieldError, match="expected batches of Transition"):
-        make().targets(batch(next_observation=None))
+        make().learn(batch(next_observation=None), env_steps=0)
 
 
 def test_learn_loss_is_huber_of_the_errors():
@@ -86,8 +92,8 @@ def test_learn_loss_is_huber_of_the_errors():
     assert metrics["train/q_mean"].item() == pytest.approx(1.0)
 
 
-def test_learn_weights_scale_each_error():
-    agent = make()
+def test_learn_weights_scale_each_error_where_draws_are_prioritized():
+    agent = make(priority_exponent=0.5)
     set_linear(agent.network, ONLINE)
     set_linear(agent.target, TARGET)
     metrics = agent.learn(batch(weights=torch.tensor([0.5, 0.0])), env_steps=0).scalars
@@ -195,11 +201,84 @@ def test_load_state_dict_of_another_network_is_a_checkpoint_error():
         make().load_state_dict(make(widths=(3,)).state_dict())
 
 
-def test_dqn_with_continuous_actions_is_refused():
-    with pytest.raises(SpaceError, match=r"action_space: is Box\(.*DQN plays Discrete ones only"):
-        make(actions=spaces.Box(-1, 1, (1,)))
+@pytest.mark.parametrize(
+    ("actions", "other"),
+    [(spaces.Box(-1, 1, (1,)), "sac or ppo"), (spaces.MultiDiscrete([2, 2]), "ppo"), (spaces.MultiBinary(2), "ppo")],
+)
+def test_dqn_with_actions_that_are_not_discrete_names_the_agent_that_plays_them(actions, other):
+    with pytest.raises(SpaceError, match=rf"action_space: is .*DQN plays Discrete ones only\. Use {other}, which"):
+        make(actions=actions)
+
+
+def test_targets_respect_the_action_mask_of_the_next_observation():
+    space = spaces.Dict({"action_mask": spaces.MultiBinary(3), "x": spaces.Box(-10, 10, (1,))})
+    for double, best in ((True, 2), (False, 1)):
+        agent = make(observation=space, actions=spaces.Discrete(3), double=double)
+        set_linear(agent.network, [[0.0] * 4] * 3, (3.0, 1.0, 2.0))  # would choose 0, then 2
+        set_linear(agent.target, [[0.0] * 4] * 3, (30.0, 20.0, 10.0))  # would choose 0, then 1
+        masks = torch.tensor([[0, 1, 1], [0, 0, 0]], dtype=torch.int8)  # no action is left at a terminal observation
+        following = {"action_mask": masks, "x": torch.zeros(2, 1)}
+        found = agent.targets(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.0]), following)
+        assert found.tolist() == [1 + 0.5 * (30.0, 20.0, 10.0)[best], 2.0]
+
+
+def test_learn_priorities_are_the_errors_before_importance_weights():
+    """B47: priorities from weighted errors would be 1.215 and 0."""
+    agent = make(priority_exponent=0.6)
+    set_linear(agent.network, ONLINE)
+    set_linear(agent.target, TARGET)
+    learned = agent.learn(batch(weights=torch.tensor([0.5, 0.0])), env_steps=0)
+    assert learned.priorities.tolist() == pytest.approx([2.43, 1.0], abs=1e-5)
+    assert make().learn(batch(), env_steps=0).priorities is None
+
+
+def test_beta_rises_to_one_and_not_past_it():
+    """B46."""
+    agent = make(priority_exponent=0.6, beta=0.4, total_steps=100)
+    assert [agent.beta(step) for step in (0, 50, 100, 1000)] == pytest.approx([0.4, 0.7, 1.0, 1.0])
+    assert agent.sampler == Prioritized(alpha=0.6, beta=0.4)
+    assert make().beta(50) is None
+
+
+def test_target_network_shares_no_memory_with_the_network():
+    """B39: a shared part would chase itself."""
+    agent = make(widths=(4,), dueling=True)
+    memory = [{p.untyped_storage().data_ptr() for p in net.parameters()} for net in (agent.network, agent.target)]
+    assert not memory[0] & memory[1]
+    assert not any(p.requires_grad for p in agent.target.parameters())
+
+
+def test_target_network_gets_the_buffers_too():
+    """B40: statistics of a normalisation, say, are no parameters."""
+    agent = make(target_every=1)
+    for network, value in ((agent.network, 3.0), (agent.target, 0.0)):
+        network.register_buffer("statistic", torch.tensor(value))
+    agent.learn(batch(), env_steps=0)
+    assert agent.target.get_buffer("statistic").item() == 3.0
+
+
+def test_actor_ladder_of_several_explores_less_with_each():
+    agent = make(epsilon_start=0.4, epsilon_end=0.4, epsilon_power=7.0)
+    ladder = [agent.actor(number, 8)[0].epsilon(0) for number in range(8)]
+    assert ladder == pytest.approx([0.4 ** (1 + number) for number in range(8)])
+    assert agent.actor(0, 1)[0].epsilon(0) == 0.4
+    assert agent.actor(3, 8)[1] is agent.network
 
 
 def test_config_with_several_wrong_values_names_all():
     with pytest.raises(ConfigError, match=r"agent\.lr: is -1.*agent\.gamma: is 2.*agent\.n_step: is 0"):
         DQNConfig(lr=-1, gamma=2, n_step=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"v_min": 1.0, "v_max": 1.0}, r"agent\.v_min: is 1\.0; expected less than v_max, which is 1\.0\."),
+        ({"v_min": float("nan")}, r"agent\.v_min: is nan"),
+        ({"hl_gauss": True}, r"agent\.hl_gauss: is True; expected False where agent\.atoms is 1\."),
+        ({"beta": 1.1}, r"agent\.beta: is 1\.1"),
+    ],
+)
+def test_config_of_a_distribution_that_cannot_be_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        DQNConfig(**settings)
