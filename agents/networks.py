@@ -5,6 +5,7 @@ Every weight comes from a generator the caller hands in; torch's global random s
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -289,9 +290,7 @@ class QNetwork(nn.Module):
         self.shape = (-1, actions) if atoms == 1 else (-1, actions, atoms)
         self.encoder = Encoder(observation_space, generator)
         inputs = [self.encoder.features, *widths]
-        self.trunk = nn.ModuleList(
-            layer(a, b, math.sqrt(2), generator) for a, b in zip(inputs[:-1], inputs[1:], strict=True)
-        )
+        self.trunk = nn.ModuleList(layer(a, b, math.sqrt(2), generator) for a, b in pairwise(inputs))
         self.advantage = layer(inputs[-1], actions * atoms, 1.0, generator)
         self.value = layer(inputs[-1], atoms, 1.0, generator) if dueling else None
         noisy_layers = [part for part in self.modules() if isinstance(part, NoisyLinear)]

@@ -96,7 +96,7 @@ def test_encoder_of_an_unsupported_space_names_the_part(space, message):
 def test_q_network_dueling_centres_advantages():
     net = QNetwork(spaces.Box(-1, 1, (3,)), 4, (8,), dueling=True, generator=torch.Generator().manual_seed(1))
     observation = torch.randn(5, 3, generator=torch.Generator().manual_seed(2))
-    value = net.value(net.trunk(net.encoder(observation)))
+    value = net.value(net.trunk[0](net.encoder(observation)).relu())
     assert torch.allclose(net(observation).mean(dim=1), value.squeeze(1), atol=1e-6)
 
 
