@@ -1,7 +1,7 @@
 """Agents: one file each, read from top to bottom, built on the library; and their presets by name."""
 
-from agents.dqn import dqn
+from agents.dqn import dqn, rainbow
 
-PRESETS = {"dqn": dqn}
+PRESETS = {"dqn": dqn, "rainbow": rainbow}
 
-__all__ = ["PRESETS", "dqn"]
+__all__ = ["PRESETS", "dqn", "rainbow"]

@@ -78,7 +78,6 @@ class DQNConfig(AgentConfig):
         epsilon_fraction: Part of the run's env steps in which exploration falls, above 0 to 1.
         epsilon_power: Actor i of n explores with epsilon ** (1 + epsilon_power * i / (n - 1)); 0 makes all alike.
             Horgan et al. 2018 (Distributed prioritized experience replay) have 7, and an epsilon of 0.4.
-        compile: Have torch.compile make one piece of the losses: worth its minute on a GPU and with large networks.
     """
 
     lr: float = 2e-3
@@ -102,7 +101,6 @@ class DQNConfig(AgentConfig):
     epsilon_end: float = 0.04
     epsilon_fraction: float = 0.16
     epsilon_power: float = 0.0
-    compile: bool = False
 
     def __post_init__(self) -> None:
         check(self, {
@@ -136,7 +134,7 @@ def dqn() -> ReplayTrainConfig:
     Returns:
         A whole run: environment, agent and budget.
     """
-    return ReplayTrainConfig(agent=DQNConfig())
+    return ReplayTrainConfig(total_steps=50_000, agent=DQNConfig())
 
 
 def rainbow() -> ReplayTrainConfig:
@@ -145,15 +143,8 @@ def rainbow() -> ReplayTrainConfig:
     Returns:
         A whole run: environment, agent and budget.
     """
-    agent = DQNConfig(
-        dueling=True,
-        atoms=101,
-        priority_exponent=0.5,
-        lr=5e-4,
-        adam_eps=1.5e-4,
-        n_step=3,
-    )
-    return ReplayTrainConfig(agent=agent)
+    agent = DQNConfig(dueling=True, atoms=101, priority_exponent=0.5, lr=5e-4, adam_eps=1.5e-4, n_step=3)
+    return ReplayTrainConfig(train_every=4, updates_per_round=1, batch_size=128, agent=agent)
 
 
 class DQN(ReplayAgent):
@@ -161,8 +152,8 @@ class DQN(ReplayAgent):
 
     Args:
         config: The settings.
-        observation_space: Of one environment. An entry ``"action_mask"`` of a Dict
-            says which actions are allowed: others are neither played nor taken for the best in targets.
+        observation_space: Of one environment. An entry ``"action_mask"`` of a Dict says which actions are allowed:
+            others are neither played nor taken for the best in targets.
         action_space: Of one environment: Discrete.
         total_steps: Environment steps of the whole run, the end of every schedule.
         seed: Seeds the network's weights and its noise.
@@ -209,8 +200,8 @@ class DQN(ReplayAgent):
             for _ in range(2)
         )
         self.target.requires_grad_(False)
-        self._weights = flatten_parameters(self.network)
-        self.optimizer = torch.optim.Adam([self._weights], lr=config.lr, eps=config.adam_eps, fused=True)
+        weights, self._gradient = flatten_parameters(self.network)
+        self.optimizer = torch.optim.Adam([weights], lr=config.lr, eps=config.adam_eps, fused=True)
         self.noise = torch.Generator(device).manual_seed(seed + 1)
         self.updates = Counter()
         self.lr = Linear(config.lr, config.lr_end, total_steps)
@@ -245,20 +236,19 @@ class DQN(ReplayAgent):
             batch.next_observation,
             self._noise(),
         )
-        prioritized = self.config.priority_exponent > 0
-        loss = (batch.weights * losses).mean() if prioritized else losses.mean()
+        loss = (losses if batch.weights is None else batch.weights * losses).mean()
 
-        gradient = self._weights.grad.zero_()
+        self._gradient.zero_()
         loss.backward()
-        grad_norm = torch.linalg.vector_norm(gradient)
-        gradient.mul_((self.config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
+        grad_norm = torch.linalg.vector_norm(self._gradient)
+        self._gradient.mul_((self.config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
         self.optimizer.param_groups[0]["lr"] = self.lr(env_steps)
         self.optimizer.step()
         self.updates.value += 1
         if self.updates.value % self.config.target_every == 0:
             polyak(self.target, self.network, 1.0)
         scalars = {"train/loss": loss.detach(), "train/q_mean": values.mean(), "train/grad_norm": grad_norm}
-        return Learned(scalars, priorities if prioritized else None)
+        return Learned(scalars, priorities if self.config.priority_exponent else None)
 
     def _errors(
         self,
@@ -270,7 +260,7 @@ class DQN(ReplayAgent):
         noise: Noise,
     ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"], Float[Tensor, " B"]]:
         """Give losses and priorities, both before importance weights, and the values of the actions taken."""
-        taken = _of(action, self.network(observation, noise[0]))
+        taken = _of(action, self._outputs(self.network, observation, noise[0]))
         target = self.targets(reward, discount, next_observation, noise)
         if self.support is None:
             losses = nn.functional.smooth_l1_loss(taken, target, reduction="none")
@@ -294,8 +284,8 @@ class DQN(ReplayAgent):
         Returns:
             R + discount * Q'(s', a') where a' is greedy in Q (double) or in Q', or its distribution.
         """
-        outputs = self.target(next_observation, noise[1])
-        chooser = self.network(next_observation, noise[2]) if self.config.double else outputs
+        outputs = self._outputs(self.target, next_observation, noise[1])
+        chooser = self._outputs(self.network, next_observation, noise[2]) if self.config.double else outputs
         following = _of(_greedy(means(chooser, self.support), _mask_in(next_observation)), outputs)
         # where, not a product: 0 * inf from a terminal observation's value would be nan.
         goes_on = discount > 0
@@ -334,6 +324,12 @@ class DQN(ReplayAgent):
         """Name what learning changes; see `Agent.parts`."""
         networks = {"network": self.network, "target": self.target}
         return {**networks, "optimizer": self.optimizer, "noise": self.noise, "updates": self.updates}
+
+    def _outputs(self, network: QNetwork, observation: Nest, noise: Tensor | None) -> Float[Tensor, "B ..."]:
+        if not self.config.bfloat16:
+            return network(observation, noise)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return network(observation, noise).float()
 
     def _noise(self) -> Noise:
         if not self.config.noisy:

@@ -323,25 +323,25 @@ def _mapped(layer: nn.Module, features: Tensor, noise: Iterator[Tensor]) -> Tens
     return layer(features, next(noise, None)) if isinstance(layer, NoisyLinear) else layer(features)
 
 
-def flatten_parameters(module: nn.Module) -> nn.Parameter:
+def flatten_parameters(module: nn.Module) -> tuple[nn.Parameter, Float[Tensor, " weights"]]:
     """Lay a module's parameters side by side in one tensor, and their gradients in another.
 
     An optimiser, a norm or a copy of the one tensor is one kernel instead of one per layer: for small networks these
-    took as long as the layers themselves. Gradients are added to what is there: zero the one tensor's before.
+    took as long as the layers themselves. A backward pass adds to the gradients: zero them in place before.
 
     Args:
-        module: On the device where it stays; its parameters become views.
+        module: On the device where it stays. Its parameters become views: write into them, do not replace them.
 
     Returns:
-        The one tensor, with its ``grad``.
+        The parameters as one, for an optimiser, and their gradients.
     """
     parameters = list(module.parameters())
     flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
-    flat.grad = torch.zeros_like(flat)
+    flat.grad = gradient = torch.zeros_like(flat)
     sizes = [parameter.numel() for parameter in parameters]
-    for parameter, data, grad in zip(parameters, flat.detach().split(sizes), flat.grad.split(sizes), strict=True):
+    for parameter, data, grad in zip(parameters, flat.detach().split(sizes), gradient.split(sizes), strict=True):
         parameter.data, parameter.grad = data.view_as(parameter), grad.view_as(parameter)
-    return flat
+    return flat, gradient
 
 
 class _Flat(nn.Module):

@@ -92,8 +92,8 @@ def test_learn_loss_is_huber_of_the_errors():
     assert metrics["train/q_mean"].item() == pytest.approx(1.0)
 
 
-def test_learn_weights_scale_each_error_where_draws_are_prioritized():
-    agent = make(priority_exponent=0.5)
+def test_learn_weights_scale_each_error():
+    agent = make()
     set_linear(agent.network, ONLINE)
     set_linear(agent.target, TARGET)
     metrics = agent.learn(batch(weights=torch.tensor([0.5, 0.0])), env_steps=0).scalars

@@ -3,7 +3,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from agents.networks import Encoder, QNetwork
+from agents.networks import Encoder, QNetwork, flatten_parameters, mlp
 from rlfeed.errors import SpaceError
 
 
@@ -106,3 +106,20 @@ def test_q_network_leaves_the_global_random_state_alone():
     nets = [QNetwork(space, 2, (8,), dueling=True, generator=torch.Generator().manual_seed(7)) for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+
+
+def test_flatten_parameters_steps_and_gradients_are_those_of_each_layer():
+    plain, flat = (mlp(3, (4, 2), torch.Generator().manual_seed(5)) for _ in range(2))
+    weights, gradient = flatten_parameters(flat)
+    optimizers = [torch.optim.Adam(plain.parameters(), lr=0.1), torch.optim.Adam([weights], lr=0.1)]
+    inputs = torch.randn(6, 3, generator=torch.Generator().manual_seed(6))
+    for _ in range(3):
+        for net, optimizer in zip((plain, flat), optimizers, strict=True):
+            optimizer.zero_grad(set_to_none=net is plain)
+            gradient.zero_()
+            net(inputs).square().sum().backward()
+            optimizer.step()
+        assert torch.equal(gradient, torch.cat([p.grad.flatten() for p in plain.parameters()]))
+        assert all(torch.allclose(a, b) for a, b in zip(plain.parameters(), flat.parameters(), strict=True))
+    flat.load_state_dict({name: torch.zeros_like(value) for name, value in flat.state_dict().items()})
+    assert not weights.any()
