@@ -169,6 +169,16 @@ class ReplayTrainConfig(TrainConfig, ReplayLoopConfig):
 class BlockTrainConfig(TrainConfig, BlockLoopConfig):
     """Hold everything that decides a run of an agent that learns from what it has just done."""
 
+    def findings(self) -> list[str]:
+        """Say what is wrong with settings beside each other; see `LoopConfig.findings`."""
+        found, least = super().findings(), 2 * self.actors * self.env.num_envs * (self.block_length + 1)
+        if self.actors_ahead < least:
+            found.append(
+                f"actors_ahead: is {self.actors_ahead}; expected at least {least}: two blocks of {self.block_length} "
+                f"steps of the {self.actors * self.env.num_envs} environments of all actors. Set it, or shorten blocks."
+            )
+        return found
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Turn a configuration into what JSON can hold.

@@ -8,16 +8,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from agents.config import EnvConfig, ReplayTrainConfig, TrainConfig
+from agents.config import BlockTrainConfig, EnvConfig, ReplayTrainConfig, TrainConfig
 from rlfeed.envs import Envs, NormalizedEnvs, make_envs
 from rlfeed.errors import ConfigError
 from rlfeed.feed.device import choose_device
-from rlfeed.replay import ReplayBuffer
+from rlfeed.replay import ReplayBuffer, Uniform
+from rlfeed.replay.in_order import InOrder
 from rlfeed.rollout import Actors, Rollout, Weights
 from rlfeed.rollout.acting import VERSION_COLUMN
 from rlfeed.specs import ArraySpec
 from rlfeed.train.agent import Agent, BlockAgent, ReplayAgent
 from rlfeed.train.block_loop import BlockLoop
+from rlfeed.train.collectors import ActorBlocks
 from rlfeed.train.evaluate import Evaluation, evaluate
 from rlfeed.train.loop import Loop
 from rlfeed.train.replay_loop import ReplayLoop
@@ -185,18 +187,25 @@ def new_buffer(config: TrainConfig, parts: Parts, storage: Any = "shared") -> Re
         storage: Where rows lie, as `ReplayBuffer` has it.
 
     Returns:
-        The replay; None where the agent learns from blocks.
+        The replay; for blocks what actors write and the learner reads once, and None without actors.
     """
-    agent = parts.agent
-    if not isinstance(config, ReplayTrainConfig) or not isinstance(agent, ReplayAgent):
-        return None
+    agent: Any = parts.agent
+    run: Any = config
     versions = {VERSION_COLUMN: ArraySpec((), np.dtype(np.int64))} if config.actors else {}
+    rows = _rows(config, parts.envs) * max(config.actors, 1)
+    if isinstance(config, ReplayTrainConfig):
+        capacity, sampler = config.capacity, agent.sampler
+    elif config.actors:
+        # One lane may have all that actors may be ahead by, in episodes of one step, which take two rows each.
+        capacity, sampler = rows * 2 * (config.actors_ahead + rows + run.block_length + 1), Uniform()
+    else:
+        return None
     return ReplayBuffer(
         parts.envs.observation_space,
         parts.envs.action_space,
-        capacity=config.capacity,
-        num_envs=_rows(config, parts.envs) * max(config.actors, 1),
-        sampler=agent.sampler,
+        capacity=capacity,
+        num_envs=rows,
+        sampler=sampler,
         extras={**agent.columns, **versions},
         storage=storage,
         seed=config.seed,
@@ -214,14 +223,9 @@ def new_source(config: TrainConfig, parts: Parts, buffer: ReplayBuffer | None, e
 
     Returns:
         The source of steps.
-
-    Raises:
-        ConfigError: If there are to be actors without a replay.
     """
-    if not config.actors:
+    if not config.actors or buffer is None:
         return Rollout(parts.envs, parts.agent.policy, seed=config.seed, actions=parts.agent.actions)
-    if buffer is None:
-        raise ConfigError(f"actors: is {config.actors}; expected 0 for an agent that learns from blocks.")
     spaces = parts.envs.observation_space, parts.envs.action_space
     return Actors(
         partial(_actor_envs, config.env, env),
@@ -231,6 +235,7 @@ def new_source(config: TrainConfig, parts: Parts, buffer: ReplayBuffer | None, e
         num_actors=config.actors,
         envs_per_actor=_rows(config, parts.envs),
         seed=config.seed,
+        actions=parts.agent.actions,
         step_timeout_s=2 * config.env.step_timeout_s,  # a pool in an actor sees to its own environments first
     )
 
@@ -262,15 +267,20 @@ def new_loop(
 
     rest = {"device": parts.device, "evaluate": play, **rest}
     agent: Any = parts.agent
-    run: Any = config
-    if buffer is not None:
-        return ReplayLoop(run, agent, source, buffer, seed=config.seed, **rest)
-    if not isinstance(agent, BlockAgent) or not isinstance(source, Rollout):
+    if isinstance(config, ReplayTrainConfig) and isinstance(agent, ReplayAgent) and buffer is not None:
+        return ReplayLoop(config, agent, source, buffer, seed=config.seed, **rest)
+    if not isinstance(config, BlockTrainConfig) or not isinstance(agent, BlockAgent):
         raise ConfigError(
             f"agent: is a {type(agent).__name__} in a {type(config).__name__}; expected a ReplayAgent in a "
             "ReplayTrainConfig, or a BlockAgent in a BlockTrainConfig."
         )
-    return BlockLoop(run, agent, source, **rest)
+    if isinstance(source, Rollout):
+        return BlockLoop(config, agent, source, **rest)
+    if buffer is None:
+        raise ConfigError("new_loop: there are actors and no replay; expected the one of new_buffer. Hand it over.")
+    reader, module = InOrder(buffer, config.block_length), agent.actor(0, 1)[1]
+    blocks = ActorBlocks(source, module, reader, count=buffer.num_envs, ahead=config.actors_ahead)
+    return BlockLoop(config, agent, blocks, **rest)
 
 
 def _rows(config: TrainConfig, envs: Envs) -> int:

@@ -162,10 +162,11 @@ def _resume(path: Path, preset: str, config: TrainConfig, dry_run: bool) -> int:
             f"--resume {path}: is DONE at env step {checkpoint.env_steps} of {config.total_steps}; expected steps "
             f"left to train. Extend it with --total-steps {2 * checkpoint.env_steps}."
         )
-    buffer = None
     if isinstance(config, ReplayTrainConfig):
         spaces = {"observation_space": parts.envs.observation_space, "action_space": parts.envs.action_space}
         buffer = ReplayBuffer.load(checkpoint.path / "replay", **spaces)
+    else:
+        buffer = new_buffer(config, parts)
     return _train(run, config, parts, buffer, checkpoint)
 
 

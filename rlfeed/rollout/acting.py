@@ -20,6 +20,7 @@ from rlfeed.envs.autoreset import Envs
 from rlfeed.errors import ConfigError, UsageError
 from rlfeed.messages import Outbox
 from rlfeed.processes import Lifeline, ignore_interrupts, lead_group
+from rlfeed.rollout.actions import Handling
 from rlfeed.rollout.board import HELD, RUN, STARTING, STEPPING, STOP, WAITING, Board
 from rlfeed.rollout.rollout import STREAM, Rollout
 from rlfeed.rollout.statistics import EpisodeRecord
@@ -62,6 +63,7 @@ class Job:
         lifeline: Ends it with the learner.
         seed: The run's seed.
         pull_every: Steps of its environments from one look at the weights to the next, or ``"episode"``.
+        actions: What becomes of the policy's actions; see `Rollout`.
         state: Of its rollout, where the run goes on from a checkpoint.
         start: How many processes were this actor before.
         writer: Stores the steps.
@@ -77,6 +79,7 @@ class Job:
     lifeline: Lifeline
     seed: int
     pull_every: PullEvery
+    actions: Handling = "strict"
     state: dict[str, Any] | None = None
     start: int = 0
     writer: LaneWriter | None = None
@@ -132,7 +135,7 @@ class _Actor:
                 "as envs_per_actor says."
             )
         policy, self._module = job.make_policy(job.actor, job.num_actors)
-        self.rollout = Rollout(envs, policy, seed=job.seed)
+        self.rollout = Rollout(envs, policy, seed=job.seed, actions=job.actions)
         self._restore()
         while (version := job.weights.pull(self._module)) < 0:
             time.sleep(_NAP_S)

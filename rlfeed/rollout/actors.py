@@ -22,6 +22,7 @@ import numpy as np
 from rlfeed.errors import CheckpointError, ConfigError, WorkerError
 from rlfeed.processes import Lifeline, choose_context, context_of
 from rlfeed.rollout.acting import Job, MakeEnvs, MakePolicy, PullEvery
+from rlfeed.rollout.actions import Handling
 from rlfeed.rollout.board import RUN, STARTING, STEPPING, STOP, Board
 from rlfeed.rollout.seats import GRACE_S, Lanes, OnDeath, Rules, Seat
 from rlfeed.rollout.statistics import EpisodeRecord, EpisodeStatistics
@@ -70,6 +71,7 @@ class Actors:
             its episodes has ended. With one environment for each actor no episode is then played by two policies.
         random_steps: Env steps of all actors together that are taken at random.
         limit: Env steps of all actors together at which they wait, until it is assigned anew; None is no limit.
+        actions: What becomes of the policy's actions; see `Rollout`.
         start_method: How processes are started; None is a fork server, or what the program has chosen.
         start_timeout_s: Seconds in which an actor must have made its environments and policy.
         step_timeout_s: Seconds in which an actor must have taken a step of all its environments.
@@ -93,6 +95,7 @@ class Actors:
         pull_every: PullEvery = 32,
         random_steps: int = 0,
         limit: int | None = None,
+        actions: Handling = "strict",
         start_method: str | None = None,
         start_timeout_s: float = 120.0,
         step_timeout_s: float = 60.0,
@@ -127,7 +130,7 @@ class Actors:
             Seat(
                 Job(
                     actor, num_actors, envs_per_actor, make_envs, make_policy, weights, self._board, lifeline, seed,
-                    pull_every,
+                    pull_every, actions,
                 ),
                 range(actor * envs_per_actor, (actor + 1) * envs_per_actor),
                 buffer,

@@ -152,8 +152,12 @@ class ReplayAgent(Agent):
 class BlockAgent(Agent):
     """Learn from blocks: ``[N, T]`` steps that the policy has just taken, as `Rollout.blocks` gives them.
 
-    With actors the policy that took them is a few updates older. `learn` goes over a block as often as it likes.
+    `learn` goes over a block as often as it likes. With actors the policy that took the steps is a few updates older;
+    a block then consists of windows of what they stored, whose ``mask`` is False at closing rows (see `InOrder`), and
+    ``columns`` are the spaces of what is stored beside each step, by name.
     """
+
+    columns: Mapping[str, spaces.Space] = {}
 
 
 class Counter:

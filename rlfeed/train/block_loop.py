@@ -8,8 +8,7 @@ from typing import Any
 
 from rlfeed.rollout import Rollout
 from rlfeed.train.agent import BlockAgent
-from rlfeed.train.checkpoint import Checkpoint
-from rlfeed.train.collectors import BlockCollector, RolloutBlocks
+from rlfeed.train.collectors import Collector, RolloutBlocks
 from rlfeed.train.loop import Loop, LoopConfig
 
 
@@ -33,34 +32,23 @@ class BlockLoop(Loop):
     Args:
         config: How long, how often, how many.
         agent: What learns.
-        source: What collects: a rollout with the agent's policy, or a collector of blocks.
+        source: What collects: a rollout with the agent's policy, or another collector of blocks.
         **rest: As `Loop` has them.
     """
 
     config: BlockLoopConfig
     agent: BlockAgent
 
-    def __init__(
-        self, config: BlockLoopConfig, agent: BlockAgent, source: Rollout | BlockCollector, **rest: Any
-    ) -> None:
+    def __init__(self, config: BlockLoopConfig, agent: BlockAgent, source: Rollout | Collector, **rest: Any) -> None:
         collector = RolloutBlocks(source, config.block_length) if isinstance(source, Rollout) else source
         super().__init__(config, agent, collector, **rest)
-        self._blocks: BlockCollector = collector
-        self._learned_from = collector.env_steps  # steps before the block that is next
 
-    def learn_next(self) -> bool:
-        """Learn from the block, where there is one; see `Loop`."""
-        block = self._blocks.take()
+    def collect(self) -> None:
+        """Take a block and learn from it: a run is never saved between the two; see `Loop`."""
+        before = self.env_steps
+        block = self.collector.collect()
         if block is None:
-            return False
+            return
         if self.device.type != "cpu":
             block = block.pin_memory().to(self.device, non_blocking=True)
-        before, self._learned_from = self._learned_from, self.env_steps
         self._learn(block, before)
-        return True
-
-    def restore(self, checkpoint: Checkpoint) -> str:
-        """Go on from a checkpoint; see `Loop`."""
-        how = super().restore(checkpoint)
-        self._learned_from = self.env_steps
-        return how

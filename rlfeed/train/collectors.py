@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from rlfeed.log import tags
 from rlfeed.replay import ReplayBuffer
+from rlfeed.replay.in_order import InOrder
 from rlfeed.rollout import Actors, EpisodeRecord, EpisodeStatistics, Rollout
 from rlfeed.rollout.acting import VERSION_COLUMN
 from rlfeed.types import Batch
+
+_ENDLESS = int(np.iinfo(np.int64).max)
 
 
 class Collector(Protocol):
@@ -27,8 +30,13 @@ class Collector(Protocol):
         """Count the steps that the loop has seen."""
         ...
 
-    def collect(self) -> None:
-        """Store at least one step more, or come back soon without."""
+    def collect(self) -> Batch | None:
+        """Take at least one step more, or come back soon without.
+
+        Returns:
+            The steps, ``[N, T]``, where they are learned from as a block; None where they are stored, or there are
+            none yet.
+        """
         ...
 
     def finished(self) -> tuple[EpisodeRecord, ...]:
@@ -73,18 +81,6 @@ class Collector(Protocol):
 
     def comebacks(self) -> tuple[str, ...]:
         """Say how each environment came back with the state."""
-        ...
-
-
-class BlockCollector(Collector, Protocol):
-    """Take env steps, and give them as blocks."""
-
-    def take(self) -> Batch | None:
-        """Give the next block that has not been given.
-
-        Returns:
-            ``[N, T]``; None where there is none yet.
-        """
         ...
 
 
@@ -170,16 +166,10 @@ class RolloutBlocks(_OwnRollout):
     def __init__(self, rollout: Rollout, length: int) -> None:
         super().__init__(rollout)
         self._blocks = rollout.blocks(length)
-        self._block: Batch | None = None
 
-    def collect(self) -> None:
-        """Take the steps of a block."""
-        self._block = next(self._blocks)
-
-    def take(self) -> Batch | None:
-        """Give the block; see `BlockCollector`."""
-        block, self._block = self._block, None
-        return block
+    def collect(self) -> Batch:
+        """Take the steps of a block; see `Collector`."""
+        return next(self._blocks)
 
 
 class ActorsCollector:
@@ -201,8 +191,8 @@ class ActorsCollector:
         actors.random_steps, self._told = random_steps, 0
         self._last = self._mark()
 
-    def collect(self) -> None:
-        """Wait for steps, a tenth of a second at most."""
+    def collect(self) -> Batch | None:
+        """Wait for steps, a tenth of a second at most; see `Collector`."""
         self._actors.limit = min(self.env_steps + self._ahead, self._total_steps)
         self._actors.wait(self.env_steps)
         self.env_steps = self._actors.env_steps
@@ -273,3 +263,56 @@ class ActorsCollector:
         steps, waited_s = [entry.env_steps for entry in stats], [entry.waited_s for entry in stats]
         return time.perf_counter(), np.array(steps), np.array(waited_s)
 
+
+class ActorBlocks(ActorsCollector):
+    """Let actors step, and give what they store as blocks, each step once.
+
+    The loop's clock counts the steps that it was given. Steps that are stored and not given when a run is saved are
+    not learned from after a resume.
+
+    Args:
+        actors: What steps.
+        module: The learner's, whose weights are published.
+        reader: Reads what they store.
+        count: Windows in a block.
+        ahead: Env steps by which the actors may be ahead of the loop; enough for two windows of every lane.
+    """
+
+    def __init__(self, actors: Actors, module: nn.Module, reader: InOrder, *, count: int, ahead: int) -> None:
+        super().__init__(actors, module, ahead=ahead, total_steps=_ENDLESS, random_steps=0)
+        self._reader, self._count = reader, count
+        self._unread = 0  # steps that were stored and are not given, from before a resume
+
+    def collect(self) -> Batch | None:
+        """Give a block, or wait for one, a tenth of a second at most; see `Collector`."""
+        stored = self._actors.env_steps
+        self._actors.limit = self.env_steps + self._unread + self._ahead
+        block = self._reader.take(self._count)
+        if block is None:
+            self._actors.wait(stored)
+        else:
+            mask: Any = block.mask
+            self.env_steps += int(mask.sum())
+        return block
+
+    def lag(self, batch: Batch, updates: int) -> dict[str, Tensor]:
+        """Count the updates since those of the weights that acted; see `Collector`."""
+        mask: Any = batch.mask
+        versions = batch.extras[VERSION_COLUMN]
+        return {"replay/policy_lag": updates - (versions * mask).sum() / mask.sum()}  # closing rows have none
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the actors; the loop's clock stands where it stood."""
+        with self._actors.held():
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the actors' state, and the loop's clock; see `Stateful`."""
+        return {**self._actors.state_dict(), "given": self.env_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the actors' state back; see `Stateful`."""
+        super().load_state_dict(state)
+        self.env_steps = int(state["given"])
+        self._unread = self._actors.env_steps - self.env_steps

@@ -125,12 +125,16 @@ class Loop(ABC):
         return self.collector.env_steps
 
     @abstractmethod
+    def collect(self) -> None:
+        """Take at least one env step more, or come back soon without."""
+
     def learn_next(self) -> bool:
-        """Do the next piece of learning that is due.
+        """Do the next piece of learning that is due between two steps.
 
         Returns:
             False where none is.
         """
+        return False
 
     def waited_s(self) -> float | None:
         """Say how long the learner has waited for batches.
@@ -177,7 +181,7 @@ class Loop(ABC):
                     continue
                 if self._report():
                     return True
-                self.collector.collect()
+                self.collect()
                 self._tell()
                 self._advance(self.env_steps)
         except _StoppedError:

@@ -110,6 +110,10 @@ class ReplayLoop(Loop):
         self._feed: DeviceFeed | None = None
         self._rounds = Rounds(config.train_every, first=prefill)
 
+    def collect(self) -> None:
+        """Store at least one env step more; see `Loop`."""
+        self.collector.collect()
+
     def learn_next(self) -> bool:
         """Take an update, where one is due and there is something to draw; see `Loop`."""
         if self.updates >= self._rounds.due(self.env_steps) * self.config.updates_per_round or not self._can_draw():
