@@ -16,9 +16,9 @@ Sources: Kapturowski et al. 2019 (Recurrent experience replay in distributed rei
 estimates), Wang et al. 2016 (equation 9, dueling networks), Horgan et al. 2018 (section 4.1, the ladder of epsilons).
 
 Departs from Kapturowski et al.: settings for small problems; epsilon falls from 1 to the ladder at first; the learning
-rate falls linearly to 0; importance weights as in Acme, where the paper has none (`beta` 0); a new sequence has
-the greatest priority that is stored, not one that its actor computed; the reward before is rescaled by h too, so that
-none is so large that it hides the rest; truncated episodes bootstrap from their true final observation.
+rate falls linearly to 0; importance weights as in Acme, where the paper has none (`beta` 0); a new sequence has the
+greatest priority that is stored, not one that its actor computed; the reward before is rescaled by h too, so that none
+is so large that it hides the rest; truncated episodes bootstrap from their final observation.
 """
 
 import math
@@ -32,6 +32,7 @@ from gymnasium import spaces
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
+from agents.common import clip_gradients, epsilon_ladder
 from agents.config import AgentConfig, EnvConfig, ReplayTrainConfig, check
 from agents.networks import Encoder, Recurrent, linear, mlp
 from rlfeed.errors import FieldError, SpaceError
@@ -94,6 +95,7 @@ class R2D2Config(AgentConfig):
 
     def __post_init__(self) -> None:
         check(self, {
+            "compile": (not self.compile, "False: what takes the time is a single call, of the memory, as it is"),
             "lr": (self.lr > 0, "above 0"),
             "adam_eps": (self.adam_eps > 0, "above 0"),
             "gamma": (0 <= self.gamma <= 1, "0 to 1"),
@@ -125,18 +127,14 @@ def r2d2() -> ReplayTrainConfig:
     Returns:
         A whole run: environment, agent and budget.
     """
+    env = EnvConfig(id="rlfeed.testing.masked:MaskedVelocityCartPole", num_envs=8)
     return ReplayTrainConfig(
-        env=EnvConfig(id="rlfeed.testing.masked:MaskedVelocityCartPole", num_envs=8),
-        agent=R2D2Config(),
-        total_steps=150_000,
-        train_every=16,
-        updates_per_round=1,
-        batch_size=32,
+        env=env, agent=R2D2Config(), total_steps=150_000, train_every=16, updates_per_round=1, batch_size=32
     )
 
 
 class _Seen(NamedTuple):
-    """What the network sees, ``[B, ...]`` or ``[B, T, ...]``; where it is first, no action and no reward were before."""
+    """What the network sees, ``[B, ...]`` or ``[B, T, ...]``; no action and no reward were before what is first."""
 
     observation: Nest
     prev_action: Any
@@ -155,7 +153,7 @@ class _Network(nn.Module):
         self.encoder = Encoder(observation_space, generator)
         self.trunk = mlp(self.encoder.features, config.widths, generator)
         features = config.widths[-1] if config.widths else self.encoder.features
-        self.feed_back = config.feed_back
+        self.feed_back, self.narrow = config.feed_back, config.bfloat16
         features += self.actions + 1 if config.feed_back else 0
         self.core = None
         if config.memory != "none":
@@ -173,11 +171,13 @@ class _Network(nn.Module):
         return self._values(features), carry
 
     def forward(self, seen: _Seen, carry: Nest, burn_in: int) -> Float[Tensor, "B T A"]:
-        """Go over ``[B, burn_in + T, ...]``, as the learner does: the burn-in is for the carry alone, no gradient there."""
-        if burn_in and self.core is not None:
-            with torch.no_grad():
-                _, carry = self._remembered(map_nest(lambda leaf: leaf[:, :burn_in], seen), carry)
-        return self._values(self._remembered(map_nest(lambda leaf: leaf[:, burn_in:], seen), carry)[0])
+        """Go over ``[B, burn_in + T, ...]``, as the learner does; the burn-in is for the carry alone."""
+        with torch.autocast(seen.is_first.device.type, torch.bfloat16, enabled=self.narrow):
+            if burn_in and self.core is not None:
+                with torch.no_grad():
+                    _, carry = self._remembered(map_nest(lambda leaf: leaf[:, :burn_in], seen), carry)
+            features, _ = self._remembered(map_nest(lambda leaf: leaf[:, burn_in:], seen), carry)
+            return self._values(features).float()
 
     def count(self, action: Tensor) -> Integer[Tensor, "*rows"]:
         """Count actions from 0; in padding they are 0 whatever the environment's first one is."""
@@ -264,14 +264,12 @@ class R2D2(ReplayAgent):
 
     def parts(self) -> Mapping[str, Any]:
         """Name everything that learning changes; see `Agent.parts`."""
-        return {
-            "network": self.network, "target": self.target, "optimizer": self.optimizer, "updates": self.updates,
-        }  # fmt: skip
+        return {name: getattr(self, name) for name in ("network", "target", "optimizer", "updates")}
 
     def actor(self, number: int, count: int) -> tuple["Explorer", nn.Module]:
         """Give what an actor acts with, on its rungs of the ladder; see `Agent.actor`."""
-        rung = np.arange(number * self.num_envs, (number + 1) * self.num_envs) / max(count * self.num_envs - 1, 1)
-        return Explorer(self, self.config.epsilon ** (1 + self.config.epsilon_power * rung)), self.network
+        ladder = epsilon_ladder(count * self.num_envs, self.config.epsilon, self.config.epsilon_power)
+        return Explorer(self, np.array(ladder[number * self.num_envs :][: self.num_envs])), self.network
 
     def scalars(self, env_steps: int) -> dict[str, float]:
         """Say where the schedules stand; see `Agent.scalars`."""
@@ -279,15 +277,7 @@ class R2D2(ReplayAgent):
         return {"rollout/exploration_rate": epsilon, "train/learning_rate": self.lr(env_steps)}
 
     def learn(self, batch: Batch, *, env_steps: int) -> Learned:
-        """Take one optimiser step.
-
-        Args:
-            batch: Sequences, on the agent's device.
-            env_steps: Steps taken so far, the clock of the learning rate.
-
-        Returns:
-            Curves, and every step's |delta|: its priority.
-        """
+        """Take one optimiser step; every step's |delta| is its priority; see `Agent.learn`."""
         window = self._window(batch)
         values = self.network(window.seen, batch.carry, self.config.burn_in)
         value = values[:, :-1].gather(2, window.action.unsqueeze(2)).squeeze(2)
@@ -299,7 +289,7 @@ class R2D2(ReplayAgent):
         self.optimizer.param_groups[0]["lr"] = self.lr(env_steps)
         self.optimizer.zero_grad()
         loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
+        grad_norm = clip_gradients(self.network.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.updates.value += 1
         if self.updates.value % self.config.target_every == 0:
