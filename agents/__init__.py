@@ -2,7 +2,8 @@
 
 from agents.dqn import dqn, rainbow
 from agents.r2d2 import r2d2
+from agents.sac import crossq, sac, xqc
 
-PRESETS = {"dqn": dqn, "r2d2": r2d2, "rainbow": rainbow}
+PRESETS = {"crossq": crossq, "dqn": dqn, "r2d2": r2d2, "rainbow": rainbow, "sac": sac, "xqc": xqc}
 
-__all__ = ["PRESETS", "dqn", "r2d2", "rainbow"]
+__all__ = ["PRESETS", "crossq", "dqn", "r2d2", "rainbow", "sac", "xqc"]

@@ -94,6 +94,7 @@ class BatchRenorm(nn.Module):
         Returns:
             Features of the same shape.
         """
+        x = x.to(self.scale.dtype)  # statistics of bfloat16 would be useless
         if not learning:
             gain = self.scale * (self.variance + self.EPSILON).rsqrt()
             return torch.addcmul(self.shift - self.mean * gain, x, gain)
@@ -167,7 +168,7 @@ class Perceptrons(nn.Module):
         """
         for layer in self.layers:
             x = layer(x, learning) if isinstance(layer, BatchRenorm) else layer(x)
-        return x
+        return x.to(self.layers[-1].weight.dtype)  # under autocast too
 
     def project(self) -> None:
         """Scale the weights of every unit to norm 1; see `Linears.project`."""

@@ -71,7 +71,6 @@ class SACConfig(AgentConfig):
         scale_rewards: Whether rewards are divided by the deviation of the discounted return.
         noise_correlation: Correlation of exploration noise from one step to the next, 0 to below 1. The policy's
             distribution at each step stays what it is; what is tried is kept up for about 1 / (1 - correlation) steps.
-        compile: Whether torch.compile makes the losses faster, after a minute or so of compiling.
     """
 
     lr: float = 1e-3
@@ -94,7 +93,6 @@ class SACConfig(AgentConfig):
     v_max: float = 5.0
     scale_rewards: bool = False
     noise_correlation: float = 0.0
-    compile: bool = False
 
     def __post_init__(self) -> None:
         check(self, {
@@ -226,7 +224,8 @@ class SAC(ReplayAgent):
         self.updates.value += 1
 
         step = (batch.observation, action, reward, batch.discount, batch.next_observation)
-        loss, value = self.critics_loss(*step, self._noise(action))
+        with self._autocast():
+            loss, value = self.critics_loss(*step, self._noise(action))
         self.critic_optimizer.zero_grad()
         loss.backward()
         self.critic_optimizer.step()
@@ -235,7 +234,8 @@ class SAC(ReplayAgent):
         scalars = {"train/critic_loss": loss.detach(), "train/q_mean": value}
 
         if self.updates.value % self.config.policy_delay == 0:
-            loss, alpha_loss = self.actor_loss(batch.observation, self._noise(action))
+            with self._autocast():
+                loss, alpha_loss = self.actor_loss(batch.observation, self._noise(action))
             scalars |= {"train/actor_loss": loss.detach(), "train/ent_coef_loss": alpha_loss.detach()}
             scalars |= {"train/ent_coef": self.log_alpha.detach().exp()}
             self.policy_optimizer.zero_grad()
@@ -329,6 +329,9 @@ class SAC(ReplayAgent):
             "updates": self.updates,
         }
         return {name: part for name, part in parts.items() if part is not None}
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16)
 
     def _noise(self, action: Float[Tensor, "B actions"]) -> Float[Tensor, "B actions"]:
         return torch.empty_like(action).normal_(generator=self.generator)
