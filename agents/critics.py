@@ -100,19 +100,21 @@ class BatchRenorm(nn.Module):
             return torch.addcmul(self.shift - self.mean * gain, x, gain)
         variance, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
         gain, shift = self.scale * (variance + self.EPSILON).rsqrt(), self.shift
+        if self.warmup is not None:
+            ratio, moved = self._correction(mean.detach(), variance.detach(), self.batches >= self.warmup)
+            gain, shift = gain * ratio, shift + self.scale * moved
         with torch.no_grad():
-            if self.warmup is not None:
-                running = (self.variance + self.EPSILON).rsqrt()
-                ratio = ((variance + self.EPSILON).sqrt() * running).clamp(1 / self.MAX_SCALE, self.MAX_SCALE)
-                moved = ((mean - self.mean) * running).clamp(-self.MAX_SHIFT, self.MAX_SHIFT)
-                warm = self.batches >= self.warmup
-                ratio, moved = torch.where(warm, ratio, 1.0), torch.where(warm, moved, 0.0)
             self.mean.lerp_(mean, self.momentum)
             self.variance.lerp_(variance, self.momentum)
             self.batches.add_(1)
-        if self.warmup is not None:
-            gain, shift = gain * ratio, shift + self.scale * moved
         return torch.addcmul(shift - mean * gain, x, gain)
+
+    def _correction(self, mean: Tensor, variance: Tensor, warm: Tensor) -> tuple[Tensor, Tensor]:
+        """Give r and d; torch.where in place of a branch, which would wait for the device."""
+        running = (self.variance + self.EPSILON).rsqrt()
+        ratio = ((variance + self.EPSILON).sqrt() * running).clamp(1 / self.MAX_SCALE, self.MAX_SCALE)
+        moved = ((mean - self.mean) * running).clamp(-self.MAX_SHIFT, self.MAX_SHIFT)
+        return torch.where(warm, ratio, 1.0), torch.where(warm, moved, 0.0)
 
 
 class Perceptrons(nn.Module):
@@ -156,6 +158,11 @@ class Perceptrons(nn.Module):
         layers.append(Linears(members, inputs, outputs, gain, bias=True, generator=generator))
         self.layers = nn.ModuleList(layers)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Give the numbers' type, which that of the outputs is too."""
+        return next(self.parameters()).dtype
+
     def forward(self, x: Float[Tensor, "E B inputs"], learning: bool) -> Float[Tensor, "E B outputs"]:
         """Evaluate every member.
 
@@ -168,7 +175,7 @@ class Perceptrons(nn.Module):
         """
         for layer in self.layers:
             x = layer(x, learning) if isinstance(layer, BatchRenorm) else layer(x)
-        return x.to(self.layers[-1].weight.dtype)  # under autocast too
+        return x.to(self.dtype)  # under autocast too
 
     def project(self) -> None:
         """Scale the weights of every unit to norm 1; see `Linears.project`."""

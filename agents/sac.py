@@ -92,7 +92,7 @@ class SACConfig(AgentConfig):
     v_min: float = -5.0
     v_max: float = 5.0
     scale_rewards: bool = False
-    noise_correlation: float = 0.0
+    noise_correlation: float = 0.8
 
     def __post_init__(self) -> None:
         check(self, {
@@ -132,8 +132,9 @@ def sac() -> ReplayTrainConfig:
     Returns:
         A whole run.
     """
-    loop = {"total_steps": 20_000, "learning_starts": 5_000, "train_every": 1, "updates_per_round": 1}
-    return ReplayTrainConfig(env=EnvConfig(id="Pendulum-v1"), agent=SACConfig(), capacity=300_000, **loop)
+    env, agent = EnvConfig(id="Pendulum-v1"), SACConfig()
+    loop = ReplayTrainConfig(env=env, agent=agent, total_steps=20_000, learning_starts=5_000, capacity=300_000)
+    return replace(loop, train_every=1, updates_per_round=1)
 
 
 def crossq() -> ReplayTrainConfig:
@@ -152,9 +153,9 @@ def xqc() -> ReplayTrainConfig:
     Returns:
         A whole run.
     """
-    critic = {"norm": "batch", "unit_weights": True, "atoms": 101, "scale_rewards": True, "critic_widths": (512,) * 4}
-    actor = {"alpha": 0.01, "target_entropy": -0.5, "policy_delay": 3, "actor_widths": (256,) * 4}
-    return replace(sac(), agent=SACConfig(lr=3e-4, lr_end=3e-5, **critic, **actor), updates_per_round=2)
+    agent = SACConfig(norm="batch", unit_weights=True, atoms=101, scale_rewards=True, critic_widths=(512,) * 4)
+    agent = replace(agent, actor_widths=(256,) * 4, policy_delay=3, alpha=0.01, target_entropy=-0.5)
+    return replace(sac(), agent=replace(agent, lr=3e-4, lr_end=3e-5), updates_per_round=2)
 
 
 class SAC(ReplayAgent):

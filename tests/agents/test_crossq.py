@@ -11,7 +11,7 @@ from agents.sac import PAST, SACConfig
 from rlfeed.types import Batch, PolicyContext
 
 CPU = torch.device("cpu")
-SMALL = {"actor_widths": (8, 8), "critic_widths": (8, 8)}
+SMALL = {"actor_widths": (8, 8), "critic_widths": (8, 8), "noise_correlation": 0.0}
 CROSSQ = {**SMALL, "norm": "renorm", "tau": 0.0, "policy_delay": 3, "norm_warmup": 4}
 XQC = {**SMALL, "norm": "batch", "unit_weights": True, "atoms": 11, "scale_rewards": True}
 

@@ -12,7 +12,7 @@ from rlfeed.errors import CheckpointError, ConfigError, FieldError, SpaceError
 from rlfeed.types import Batch, PolicyContext
 
 CPU = torch.device("cpu")
-PLAIN = {"actor_widths": (8,), "critic_widths": (8,)}
+PLAIN = {"actor_widths": (8,), "critic_widths": (8,), "noise_correlation": 0.0}
 CROSSQ = {**PLAIN, "norm": "renorm", "tau": 0.0, "policy_delay": 3}
 XQC = {**PLAIN, "norm": "batch", "unit_weights": True, "atoms": 11, "scale_rewards": True, "policy_delay": 3}
 KINDS = {"sac": PLAIN, "crossq": CROSSQ, "xqc": XQC}
