@@ -305,7 +305,7 @@ def bandit(reward, alpha, deviation, **config):
     head.weight.data.zero_()
     head.bias.data[:] = torch.tensor([0.0, math.log(deviation)])
     agent.log_alpha.data.fill_(math.log(alpha))
-    noise = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(4_000, 1, generator=torch.Generator().manual_seed(1))
     noise = torch.cat([noise, -noise])
     loss, alpha_loss = agent.actor_loss(torch.zeros(len(noise), 1), noise)
     (loss + alpha_loss).backward(inputs=agent._acting)
