@@ -1,9 +1,10 @@
 """Agents: one file each, read from top to bottom, built on the library; and their presets by name."""
 
 from agents.dqn import dqn, rainbow
+from agents.pqn import pqn, pqn_rnn
 from agents.r2d2 import r2d2
 from agents.sac import crossq, sac, xqc
 
-PRESETS = {"crossq": crossq, "dqn": dqn, "r2d2": r2d2, "rainbow": rainbow, "sac": sac, "xqc": xqc}
+PRESETS = {"dqn": dqn, "r2d2": r2d2, "rainbow": rainbow, "pqn": pqn, "pqn_rnn": pqn_rnn}
 
-__all__ = ["PRESETS", "crossq", "dqn", "r2d2", "rainbow", "sac", "xqc"]
+__all__ = ["PRESETS", "dqn", "pqn", "pqn_rnn", "r2d2", "rainbow"]
