@@ -33,6 +33,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from agents.config import AgentConfig, BlockTrainConfig, EnvConfig, check
+from agents.networks import flatten_parameters
 from agents.pqn_network import MASK, Core, Greedy, PQNetwork
 from rlfeed.errors import SpaceError
 from rlfeed.feed.rollouts import Pieces
@@ -207,7 +208,8 @@ class PQN(BlockAgent):
             generator=self.generator,
         ).to(device)
         self.trained = torch.compile(self.network) if config.compile else self.network
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.lr, betas=(0.9, BETA), fused=True)
+        weights, self._gradient = flatten_parameters(self.network)
+        self.optimizer = torch.optim.Adam([weights], lr=config.lr, betas=(0.9, BETA), fused=True)
         self.lr = Linear(config.lr, config.lr_end, total_steps)
         self.epsilon = Linear(
             config.epsilon_start, config.epsilon_end, max(1, round(config.epsilon_fraction * total_steps))
@@ -305,8 +307,9 @@ class PQN(BlockAgent):
         if self.network.core is None:
             return (batch.observation,)
         before: Any = batch.prev_action
+        begins: Any = batch.is_first
         previous = torch.cat([before.unsqueeze(1), batch.action], dim=1).long() - self.first_action + 1
-        previous[:, 0] *= ~batch.is_first[:, 0]
+        previous[:, 0] *= ~begins[:, 0]
         return batch.observation, previous, batch.carry
 
     def _rows(self, batch: Batch, target: Tensor, mask: Tensor) -> Nest:
@@ -321,11 +324,12 @@ class PQN(BlockAgent):
 
     def _step(self, loss: Float[Tensor, ""], env_steps: int) -> Float[Tensor, ""]:
         """Take one optimiser step; gives the gradient's norm."""
+        self._gradient.zero_()
+        loss.backward()
+        grad_norm = torch.linalg.vector_norm(self._gradient)
+        self._gradient.mul_((self.config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
         self.updates.value += 1
         self.optimizer.param_groups[0]["lr"] = self.lr(env_steps) * rectification(self.updates.value)
-        self.optimizer.zero_grad()
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         return grad_norm
 

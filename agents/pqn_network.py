@@ -171,8 +171,8 @@ class Greedy:
         """Choose for every row, among the allowed actions where a mask says so, and keep the mask; see `Policy`."""
         before: Any = context.prev_action
         previous = np.where(context.is_first, 0, before - self.first_action + 1)
-        tensors = map_nest(lambda leaf: torch.from_numpy(leaf).to(self.device), (observation, previous))
-        values, carry = self.network.step(*tensors, carry)
+        seen = map_nest(lambda leaf: torch.from_numpy(leaf).to(self.device), observation)
+        values, carry = self.network.step(seen, torch.from_numpy(previous).to(self.device), carry)
         mask, extras = context.action_mask, {}
         if mask is not None:
             values, extras = values.masked_fill(torch.from_numpy(~mask).to(self.device), -torch.inf), {MASK: mask}
