@@ -5,6 +5,6 @@ from agents.pqn import pqn, pqn_rnn
 from agents.r2d2 import r2d2
 from agents.sac import crossq, sac, xqc
 
-PRESETS = {"dqn": dqn, "r2d2": r2d2, "rainbow": rainbow, "pqn": pqn, "pqn_rnn": pqn_rnn}
+PRESETS = {"dqn": dqn, "pqn": pqn, "pqn_rnn": pqn_rnn, "r2d2": r2d2, "rainbow": rainbow}
 
 __all__ = ["PRESETS", "dqn", "pqn", "pqn_rnn", "r2d2", "rainbow"]
