@@ -5,6 +5,15 @@ from agents.pqn import pqn, pqn_rnn
 from agents.r2d2 import r2d2
 from agents.sac import crossq, sac, xqc
 
-PRESETS = {"dqn": dqn, "pqn": pqn, "pqn_rnn": pqn_rnn, "r2d2": r2d2, "rainbow": rainbow}
+PRESETS = {
+    "crossq": crossq,
+    "dqn": dqn,
+    "pqn": pqn,
+    "pqn_rnn": pqn_rnn,
+    "r2d2": r2d2,
+    "rainbow": rainbow,
+    "sac": sac,
+    "xqc": xqc,
+}
 
-__all__ = ["PRESETS", "dqn", "pqn", "pqn_rnn", "r2d2", "rainbow"]
+__all__ = ["PRESETS", "crossq", "dqn", "pqn", "pqn_rnn", "r2d2", "rainbow", "sac", "xqc"]
