@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from support.scripts import CHECKOUT, command_line, score_rows, score_runs, score_tables, scores_script
 
+from agents import PRESETS
 from rlfeed.errors import DivergedError, EnvNotFoundError
 from rlfeed.train.aggregate import iqm
 
@@ -255,6 +256,15 @@ def test_rows_have_names_of_their_own_and_presets_and_goals_that_can_be_missed()
     for row in score_rows.ROWS:
         assert row.is_reached(row.floor) == (row.at_most or row.goal is None), row.name
         assert row.name.endswith(row.preset.replace("_", "-"))
+
+
+@pytest.mark.parametrize("row", [row for row in score_rows.ROWS if row.preset in PRESETS], ids=lambda row: row.name)
+def test_row_has_settings_that_its_preset_knows(row):
+    default = command_line.preset_of(row.preset)
+
+    parsed = command_line.parse(type(default), row.arguments(3), default=default, prog="", description="")
+
+    assert (parsed.total_steps, parsed.eval_every, parsed.seed) == (row.total_steps, row.total_steps // 10, 3)
 
 
 def test_committed_document_is_what_the_files_say():

@@ -6,6 +6,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(CHECKOUT / "scripts"))
 
+import agents_benchmark  # noqa: E402
 import benchmark as benchmark_script  # noqa: E402
 import check_env as check_env_script  # noqa: E402
 import command_line  # noqa: E402
@@ -28,6 +29,7 @@ import workloads  # noqa: E402
 
 __all__ = [
     "CHECKOUT",
+    "agents_benchmark",
     "benchmark_script",
     "check_env_script",
     "command_line",
