@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import command_line
+import torch
 from command_line import preset_of
 from contest import Case, Contest
 from contestants import NotServedError
@@ -61,6 +62,7 @@ class Ours:
 
     def begin(self) -> None:
         """Make a run."""
+        torch.set_num_threads(1)  # as scripts/train.py has it
         parts = build_parts(self._config)
         buffer = new_buffer(self._config, parts)
         source = new_source(self._config, parts, buffer)

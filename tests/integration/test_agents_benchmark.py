@@ -12,7 +12,17 @@ SMALL = replace(
     agents_benchmark.WORKS["dqn"],
     env_steps=96,
     updates=2 * 11,
-    flags=(*agents_benchmark.DQN_FLAGS, "--learning-starts", "8", "--train-every", "8", "--updates-per-round", "2"),
+    flags=(
+        *agents_benchmark.DQN_FLAGS,
+        "--learning-starts",
+        "8",
+        "--batch-size",
+        "4",
+        "--train-every",
+        "8",
+        "--updates-per-round",
+        "2",
+    ),
 )
 
 
