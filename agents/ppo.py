@@ -1,0 +1,429 @@
+"""PPO: many small steps on what the policy has just done, none of them far from it.
+
+What it computes for a block of steps, A from generalised advantage estimation and normalised in each minibatch:
+
+    ratio  = pi(a | s) / pi_old(a | s)
+    loss   = mean of -min(ratio A, clip(ratio, 1 - c, 1 + c) A) + v (V(s) - G)^2 / 2 - e entropy,    G = A + V_old(s)
+
+Sources: Schulman et al. 2017 (Proximal policy optimization algorithms, equations 7 and 9), Schulman et al. 2016
+(generalised advantage estimation, equation 16), Huang et al. 2022 (The 37 implementation details of PPO), Andrychowicz
+et al. 2021 (What matters for on-policy deep actor-critic methods).
+
+Departs from Schulman et al. 2017: advantages are estimated anew before each pass over a block, with the values learnt
+meanwhile (Andrychowicz et al., section 3.6); truncated episodes bootstrap from their true final observation; inputs
+and value targets are normalised inside the network (`ActorCritic`); Adam's learning rate falls to `lr_end`.
+
+`ppo_rnn` remembers: an LSTM or GRU reads observation, previous action and previous reward. The block is cut at the
+ends of episodes, each minibatch is made of whole pieces, padded, and each piece begins with the carry that it had when
+its steps were taken. What is padding never reaches the loss: the steps are picked out behind the core.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from gymnasium import spaces
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from agents.actor_critic import CORES, ActorCritic, ActorCriticPolicy, CoreKind, Inputs
+from agents.common import ActionHead
+from agents.config import AgentConfig, BlockTrainConfig, EnvConfig, check
+from rlfeed.feed import epoch
+from rlfeed.nest import Nest, leaves, map_nest
+from rlfeed.replay import Episode
+from rlfeed.returns import continuing, gae, standardize, successors
+from rlfeed.specs import from_space, zeros
+from rlfeed.train.agent import BlockAgent, Counter, Learned
+from rlfeed.train.schedule import Linear
+from rlfeed.types import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(AgentConfig):
+    """Hold PPO's settings.
+
+    Args:
+        lr: Learning rate of Adam at the first env step.
+        lr_end: Learning rate at the last env step; in between it falls in a straight line.
+        gamma: Discount per step, 0 to 1.
+        lam: Weight of long returns against estimated values, 0 to 1.
+        clip: How far the ratio may move from 1 before the policy's loss stops pulling.
+        clip_end: The same at the last env step.
+        epochs: Passes over each block.
+        minibatches: Updates in each pass; they divide the steps of a block.
+        recompute: Estimate advantages anew before each pass; otherwise before the first alone.
+        normalize_advantage: Bring the advantages of each minibatch to mean 0 and deviation 1.
+        value_weight: Weight of the value's loss.
+        value_clip: How far values may move from what they were before the block, in deviations; 0: as far as they like.
+        entropy_weight: Weight of the entropy of actions, which keeps exploration up.
+        max_grad_norm: The gradient's norm is scaled down to this.
+        target_kl: A block is left once an update's policy is 1.5 times this far from that of the block; 0: never.
+        widths: Units of the fully connected layers of policy and value, each of its own.
+        normalize_observation: Bring observations of floats to mean 0 and variance 1, inside the network.
+        core: What remembers: none, lstm or gru.
+        core_width: Units of each layer of the core.
+        core_layers: Layers of the core.
+    """
+
+    lr: float = 1e-3
+    lr_end: float = 0.0
+    gamma: float = 0.99
+    lam: float = 0.95
+    clip: float = 0.2
+    clip_end: float = 0.2
+    epochs: int = 10
+    minibatches: int = 8
+    recompute: bool = True
+    normalize_advantage: bool = True
+    value_weight: float = 0.5
+    value_clip: float = 0.0
+    entropy_weight: float = 0.0
+    max_grad_norm: float = 0.5
+    target_kl: float = 0.0
+    widths: tuple[int, ...] = (64, 64)
+    normalize_observation: bool = True
+    core: CoreKind = "none"
+    core_width: int = 64
+    core_layers: int = 1
+
+    def __post_init__(self) -> None:
+        check(self, {
+            "lr": (self.lr > 0, "above 0"),
+            "lr_end": (self.lr_end >= 0, "0 or more"),
+            "gamma": (0 <= self.gamma <= 1, "0 to 1"),
+            "lam": (0 <= self.lam <= 1, "0 to 1"),
+            "clip": (self.clip > 0, "above 0"),
+            "clip_end": (self.clip_end >= 0, "0 or more"),
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "minibatches": (self.minibatches >= 1, "at least 1"),
+            "value_weight": (self.value_weight >= 0, "0 or more"),
+            "value_clip": (self.value_clip >= 0, "0 or more"),
+            "entropy_weight": (self.entropy_weight >= 0, "0 or more"),
+            "max_grad_norm": (self.max_grad_norm > 0, "above 0"),
+            "target_kl": (self.target_kl >= 0, "0 or more"),
+            "widths": (all(width >= 1 for width in self.widths), "at least 1 unit each"),
+            "core": (self.core in CORES, f"one of {', '.join(CORES)}"),
+            "core_width": (self.core_width >= 1, "at least 1"),
+            "core_layers": (self.core_layers >= 1, "at least 1"),
+        })  # fmt: skip
+
+    def findings(self, run: Any) -> list[str]:
+        """Say what is wrong with these settings beside those of the run; see `AgentConfig.findings`."""
+        steps = run.block_length * run.env.num_envs
+        if steps % self.minibatches == 0:
+            return []
+        return [
+            f"agent.minibatches: is {self.minibatches}, which does not divide the {steps} steps of a block (block_length "
+            f"{run.block_length} x env.num_envs {run.env.num_envs}); expected a divisor. Change one of the three."
+        ]
+
+    def build(
+        self,
+        observation_space: Any,
+        action_space: Any,
+        *,
+        total_steps: int,
+        seed: int,
+        device: torch.device,
+        num_envs: int = 1,
+    ) -> "PPO":
+        """Make the agent; see `AgentConfig.build`."""
+        return PPO(self, observation_space, action_space, total_steps=total_steps, seed=seed, device=device)
+
+
+def ppo() -> BlockTrainConfig:
+    """Give settings for small problems of any kind, with discrete or continuous actions.
+
+    Returns:
+        A whole run: environments, agent and budget.
+    """
+    return BlockTrainConfig(env=EnvConfig(num_envs=8), total_steps=100_000, block_length=128, agent=PPOConfig())
+
+
+def ppo_rnn() -> BlockTrainConfig:
+    """Give settings for problems in which one observation does not tell enough.
+
+    Returns:
+        A whole run: environments, agent and budget.
+    """
+    return BlockTrainConfig(
+        env=EnvConfig(num_envs=8), total_steps=100_000, block_length=128, agent=PPOConfig(core="lstm")
+    )
+
+
+class Block(NamedTuple):
+    """Hold what is learned from: ``[B, T]`` steps, a row for each environment or, with a core, each piece of an episode.
+
+    Args:
+        batch: The steps.
+        inputs: What the policy saw, ``[B, T+1, ...]``; without a core the observations alone.
+        mask: ``[B, T]``, True where there is a step.
+    """
+
+    batch: Batch
+    inputs: Inputs
+    mask: Bool[Tensor, "B T"]
+
+
+class Minibatch(NamedTuple):
+    """Hold what one update learns from.
+
+    Args:
+        inputs: What the policy saw: ``[n, ...]``, or with a core ``[R, L, ...]``.
+        steps: What else is known of each step, by name, ``[n, ...]``.
+        mask: With a core ``[R, L]``, which of its inputs the n steps are; else None.
+        carry: With a core, its state before the first inputs, ``[R, ...]``.
+    """
+
+    inputs: Inputs
+    steps: dict[str, Tensor]
+    mask: Bool[Tensor, "R L"] | None = None
+    carry: Nest = ()
+
+
+class PPO(BlockAgent):
+    """Learn a policy and its values from blocks of steps, and act.
+
+    Args:
+        config: The settings.
+        observation_space: The Gymnasium space of one environment's observations.
+        action_space: The Gymnasium space of one environment's actions.
+        total_steps: Environment steps of the whole run, the end of the schedules.
+        seed: Seeds the network's weights and the order of minibatches.
+        device: Where to learn and act.
+
+    Raises:
+        SpaceError: If a part of a space is not supported; the message names the part.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        *,
+        total_steps: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.config, self.device = config, device
+        self.network = ActorCritic(
+            observation_space,
+            action_space,
+            head=ActionHead(action_space, device),
+            widths=config.widths,
+            core=config.core,
+            core_width=config.core_width,
+            core_layers=config.core_layers,
+            normalize=config.normalize_observation,
+            generator=torch.Generator().manual_seed(seed),
+        ).to(device)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.lr, eps=1e-5, fused=True)
+        self.lr = Linear(config.lr, config.lr_end, total_steps)
+        self.clip = Linear(config.clip, config.clip_end, total_steps)
+        self.order = torch.Generator().manual_seed(seed)  # of minibatches, on the CPU: the same on every device
+        self.updates = Counter()
+        self.policy = ActorCriticPolicy(self.network, device)
+        if isinstance(action_space, spaces.Box):
+            self.actions = "rescale" if action_space.is_bounded() else "clip"
+
+    def parts(self) -> Mapping[str, Any]:
+        """Name everything that learning changes; see `Agent.parts`."""
+        return {
+            "network": self.network, "optimizer": self.optimizer, "order": self.order, "updates": self.updates,
+        }  # fmt: skip
+
+    def actor(self, number: int, count: int) -> tuple[ActorCriticPolicy, nn.Module]:
+        """Give what an actor acts with; see `Agent.actor`."""
+        return self.policy, self.network
+
+    def scalars(self, env_steps: int) -> dict[str, float]:
+        """Say where the schedules stand; see `Agent.scalars`."""
+        scalars = {"train/learning_rate": self.lr(env_steps), "train/clip_range": self.clip(env_steps)}
+        if self.network.log_std is not None:
+            scalars["train/std"] = self.network.log_std.detach().exp().mean().item()
+        return scalars
+
+    @torch.inference_mode()
+    def values(self, observation: Nest) -> Float[Tensor, " B"]:
+        """Estimate the returns that follow observations; with a core, where these are the first of their episodes.
+
+        Args:
+            observation: ``[B, ...]`` per leaf, in the dtypes of the space.
+
+        Returns:
+            Values in the unit of rewards.
+        """
+        observation = map_nest(lambda leaf: torch.as_tensor(leaf, device=self.device), observation)
+        rows = len(next(leaf for _, leaf in leaves(observation)))
+        first, nothing = torch.ones(rows, dtype=torch.bool, device=self.device), torch.zeros(rows, device=self.device)
+        action = torch.from_numpy(zeros(from_space(self.network.action_space), rows)).to(self.device)
+        inputs = Inputs(observation, first, action, nothing)
+        return self.network.values(self.network.step(inputs, self.network.initial_carry(rows))[0])
+
+    def learn(self, batch: Batch, *, env_steps: int) -> Learned:
+        """Go over a block, minibatch by minibatch.
+
+        Args:
+            batch: ``[N, T]``, a block of a rollout, with the policy's extras.
+            env_steps: Steps taken before it, the clock of the schedules.
+
+        Returns:
+            Curves, means over the updates; see `Agent.learn`.
+        """
+        config, network, clip = self.config, self.network, self.clip(env_steps)
+        self.optimizer.param_groups[0]["lr"] = self.lr(env_steps)
+        block = self.cut(batch)
+        value, advantage = self.estimate(block)
+        targets = (value + advantage)[block.mask]
+        told = {"train/explained_variance": 1 - advantage[block.mask].var() / targets.var()}
+        network.count_targets(targets)
+        sums, updates, far = torch.zeros((), device=self.device), 0, False
+        for number in range(config.epochs):
+            if number > 0 and config.recompute:
+                value, advantage = self.estimate(block)
+            for minibatch in self.minibatches(block, {"value": value, "advantage": advantage}):
+                loss, scalars = self.loss(minibatch, clip)
+                far = config.target_kl > 0 and bool(scalars["train/approx_kl"] > 1.5 * config.target_kl)
+                if far:
+                    break
+                self.optimizer.zero_grad()
+                loss.backward()
+                scalars["train/grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm)
+                self.optimizer.step()
+                sums, updates = sums + torch.stack(list(scalars.values())), updates + 1
+            if far:
+                break
+        network.count(map_nest(lambda leaf: leaf[:, :-1][block.mask], block.inputs.observation))
+        self.updates.value += updates
+        told |= dict(zip(scalars, sums / updates, strict=True))
+        return Learned(told, updates=updates)
+
+    def cut(self, batch: Batch) -> Block:
+        """Make a block of a rollout ready to be learned from.
+
+        Args:
+            batch: ``[N, T]``.
+
+        Returns:
+            The block; with a core it is cut into pieces, none of which holds steps of two episodes.
+        """
+        if self.network.core is None:
+            mask = torch.ones_like(batch.terminated) if batch.mask is None else batch.mask
+            return Block(batch, Inputs(batch.observation), mask)
+        pieces = next(epoch(batch, Episode(gamma=self.config.gamma), batch.reward.numel(), shuffle=False))
+        before = torch.nn.functional.pad(pieces.is_first, (0, 1))  # nothing begins behind the first step of a piece
+        action, reward = (
+            torch.cat([first.unsqueeze(1), rest], dim=1)
+            for first, rest in ((pieces.prev_action, pieces.action), (pieces.prev_reward, pieces.reward))
+        )
+        return Block(pieces, Inputs(pieces.observation, before, action, reward), pieces.mask)
+
+    @torch.no_grad()
+    def estimate(self, block: Block) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+        """Estimate values, and advantages over them.
+
+        Args:
+            block: What to estimate them for.
+
+        Returns:
+            Both ``[B, T]``, in the unit of rewards.
+        """
+        batch, network = block.batch, self.network
+        value = network.values(network.unroll(block.inputs, batch.carry))
+        finals, places = None, batch.final_index
+        if places is None or not len(places):  # pieces have theirs behind their last steps
+            places = None
+        else:
+            finals = network.values(network.step(Inputs(batch.final_observation), ())[0])
+        following = successors(value, finals, places)
+        value, discount = value[:, :-1], self.config.gamma * ~batch.terminated
+        return value, gae(batch.reward, discount, value, following, continuing(batch), lam=self.config.lam)
+
+    def minibatches(self, block: Block, estimates: Mapping[str, Float[Tensor, "B T"]]) -> Iterator[Minibatch]:
+        """Go once over a block in random order; each step is in one minibatch, all of which are about as large.
+
+        Args:
+            block: What to go over.
+            estimates: What was estimated of its steps, by name.
+
+        Returns:
+            As many minibatches as the settings say, fewer where the block has fewer steps or pieces.
+        """
+        batch, mask, count = block.batch, block.mask, self.config.minibatches
+        kept = {name: leaf for name, leaf in batch.extras.items() if name in ("log_prob", "action_mask")}
+        steps = {"action": batch.action, **kept, **estimates}
+        inputs = map_nest(lambda leaf: leaf[:, :-1], block.inputs)
+        if self.network.core is None:
+            places = mask.flatten().nonzero().squeeze(1)
+            order = places[torch.randperm(len(places), generator=self.order).to(places.device)]
+            inputs, steps = map_nest(lambda leaf: leaf.flatten(0, 1)[order], (inputs, steps))
+            for part in range(count):
+                begin, end = (len(order) * edge // count for edge in (part, part + 1))
+                if begin < end:
+                    yield Minibatch(*map_nest(lambda leaf: leaf[begin:end], (inputs, steps)))
+            return
+        lengths = batch.lengths.cpu()
+        order = torch.randperm(len(lengths), generator=self.order)
+        ends = lengths[order].cumsum(0)
+        for part in range(count):
+            rows = order[(ends - 1) * count // ends[-1] == part]
+            if len(rows):
+                longest = int(lengths[rows].max())
+                rows = rows.to(mask.device)
+                valid = mask[rows, :longest]
+                yield Minibatch(
+                    map_nest(lambda leaf: leaf[rows, :longest], inputs),
+                    map_nest(lambda leaf: leaf[rows, :longest][valid], steps),
+                    valid,
+                    map_nest(lambda leaf: leaf[rows], batch.carry),
+                )
+
+    def loss(self, minibatch: Minibatch, clip: float) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """Compute the loss of a minibatch.
+
+        Args:
+            minibatch: Steps.
+            clip: How far the ratio may move from 1.
+
+        Returns:
+            The loss, and what there is to tell of it, by tag.
+
+        Source:
+            Schulman et al. 2017, equations 7 and 9; Schulman 2020 (Approximating KL divergence), k3, for the KL.
+        """
+        config, network, steps = self.config, self.network, minibatch.steps
+        if minibatch.mask is None:
+            features = network.step(minibatch.inputs, ())[0]
+        else:
+            features = network.unroll(minibatch.inputs, minibatch.carry)[minibatch.mask]
+        distribution = network.distribution(features, steps.get("action_mask"))
+        log_ratio = distribution.log_prob(steps["action"]) - steps["log_prob"]
+        ratio = log_ratio.exp()
+        advantage = standardize(steps["advantage"], None) if config.normalize_advantage else steps["advantage"]
+        policy_loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+
+        deviation = network.value_moments.deviation
+        before, target = steps["value"], steps["value"] + steps["advantage"]
+        value = network.values(features)
+        value_loss = ((value - target) / deviation).square()
+        if config.value_clip:
+            reach = config.value_clip * deviation
+            near = before + (value - before).clamp(-reach, reach)
+            value_loss = torch.maximum(value_loss, ((near - target) / deviation).square())
+        value_loss = value_loss.mean()
+
+        entropy_loss = -distribution.entropy().mean()
+        loss = policy_loss + config.value_weight * value_loss + config.entropy_weight * entropy_loss
+        with torch.no_grad():
+            scalars = {
+                "train/loss": loss,
+                "train/policy_gradient_loss": policy_loss,
+                "train/value_loss": value_loss,
+                "train/entropy_loss": entropy_loss,
+                "train/approx_kl": (log_ratio.expm1() - log_ratio).mean(),
+                "train/clip_fraction": ((ratio - 1).abs() > clip).float().mean(),
+            }
+        return loss, {tag: scalar.detach() for tag, scalar in scalars.items()}
