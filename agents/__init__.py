@@ -1,6 +1,7 @@
 """Agents: one file each, read from top to bottom, built on the library; and their presets by name."""
 
 from agents.dqn import dqn, rainbow
+from agents.ppo import ppo, ppo_rnn
 from agents.pqn import pqn, pqn_rnn
 from agents.r2d2 import r2d2
 from agents.sac import crossq, sac, xqc
@@ -8,6 +9,8 @@ from agents.sac import crossq, sac, xqc
 PRESETS = {
     "crossq": crossq,
     "dqn": dqn,
+    "ppo": ppo,
+    "ppo_rnn": ppo_rnn,
     "pqn": pqn,
     "pqn_rnn": pqn_rnn,
     "r2d2": r2d2,
@@ -16,4 +19,4 @@ PRESETS = {
     "xqc": xqc,
 }
 
-__all__ = ["PRESETS", "crossq", "dqn", "pqn", "pqn_rnn", "r2d2", "rainbow", "sac", "xqc"]
+__all__ = ["PRESETS", "crossq", "dqn", "ppo", "ppo_rnn", "pqn", "pqn_rnn", "r2d2", "rainbow", "sac", "xqc"]

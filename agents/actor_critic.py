@@ -196,7 +196,9 @@ class ActorCritic(nn.Module):
             observation: ``[n, ...]`` per leaf, n at least 1.
         """
         if self._moments is not None:
-            map_nest(lambda part, leaf: part.update(leaf) if isinstance(part, Moments) else None, self._moments, observation)
+            map_nest(
+                lambda part, leaf: part.update(leaf) if isinstance(part, Moments) else None, self._moments, observation
+            )
 
     def distribution(
         self, features: Float[Tensor, "*batch F"], mask: Bool[Tensor, "*batch A"] | None = None
@@ -236,7 +238,8 @@ class ActorCritic(nn.Module):
         Source:
             van Hasselt et al. 2016, Learning values across many orders of magnitude, equation 5 (PopArt).
         """
-        moments, last = self.value_moments, self.value[-1]
+        moments = self.value_moments
+        last: Any = self.value[-1]
         mean, deviation = moments.mean.clone(), moments.deviation
         moments.update(targets)
         last.weight.mul_(deviation / moments.deviation)

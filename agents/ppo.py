@@ -20,24 +20,23 @@ its steps were taken. What is padding never reaches the loss: the steps are pick
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from gymnasium import spaces
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from agents.actor_critic import CORES, ActorCritic, ActorCriticPolicy, CoreKind, Inputs
+from agents.blocks import Block, Minibatch, cut, minibatches
 from agents.common import ActionHead
 from agents.config import AgentConfig, BlockTrainConfig, EnvConfig, check
-from rlfeed.feed import epoch
 from rlfeed.nest import Nest, leaves, map_nest
-from rlfeed.replay import Episode
 from rlfeed.returns import continuing, gae, standardize, successors
 from rlfeed.specs import from_space, zeros
 from rlfeed.train.agent import BlockAgent, Counter, Learned
 from rlfeed.train.schedule import Linear
-from rlfeed.types import Batch
+from rlfeed.types import Batch, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +114,9 @@ class PPOConfig(AgentConfig):
         if steps % self.minibatches == 0:
             return []
         return [
-            f"agent.minibatches: is {self.minibatches}, which does not divide the {steps} steps of a block (block_length "
-            f"{run.block_length} x env.num_envs {run.env.num_envs}); expected a divisor. Change one of the three."
+            f"agent.minibatches: is {self.minibatches}, which does not divide the {steps} steps of a block "
+            f"(block_length {run.block_length} x env.num_envs {run.env.num_envs}); expected a divisor. Change one of "
+            "the three."
         ]
 
     def build(
@@ -151,36 +151,6 @@ def ppo_rnn() -> BlockTrainConfig:
     return BlockTrainConfig(
         env=EnvConfig(num_envs=8), total_steps=100_000, block_length=128, agent=PPOConfig(core="lstm")
     )
-
-
-class Block(NamedTuple):
-    """Hold what is learned from: ``[B, T]`` steps, a row for each environment or, with a core, each piece of an episode.
-
-    Args:
-        batch: The steps.
-        inputs: What the policy saw, ``[B, T+1, ...]``; without a core the observations alone.
-        mask: ``[B, T]``, True where there is a step.
-    """
-
-    batch: Batch
-    inputs: Inputs
-    mask: Bool[Tensor, "B T"]
-
-
-class Minibatch(NamedTuple):
-    """Hold what one update learns from.
-
-    Args:
-        inputs: What the policy saw: ``[n, ...]``, or with a core ``[R, L, ...]``.
-        steps: What else is known of each step, by name, ``[n, ...]``.
-        mask: With a core ``[R, L]``, which of its inputs the n steps are; else None.
-        carry: With a core, its state before the first inputs, ``[R, ...]``.
-    """
-
-    inputs: Inputs
-    steps: dict[str, Tensor]
-    mask: Bool[Tensor, "R L"] | None = None
-    carry: Nest = ()
 
 
 class PPO(BlockAgent):
@@ -225,6 +195,7 @@ class PPO(BlockAgent):
         self.clip = Linear(config.clip, config.clip_end, total_steps)
         self.order = torch.Generator().manual_seed(seed)  # of minibatches, on the CPU: the same on every device
         self.updates = Counter()
+        self._judge = torch.compile(self.loss) if config.compile else self.loss
         self.policy = ActorCriticPolicy(self.network, device)
         if isinstance(action_space, spaces.Box):
             self.actions = "rescale" if action_space.is_bounded() else "clip"
@@ -235,7 +206,7 @@ class PPO(BlockAgent):
             "network": self.network, "optimizer": self.optimizer, "order": self.order, "updates": self.updates,
         }  # fmt: skip
 
-    def actor(self, number: int, count: int) -> tuple[ActorCriticPolicy, nn.Module]:
+    def actor(self, number: int, count: int) -> tuple[Policy, nn.Module]:
         """Give what an actor acts with; see `Agent.actor`."""
         return self.policy, self.network
 
@@ -273,115 +244,70 @@ class PPO(BlockAgent):
         Returns:
             Curves, means over the updates; see `Agent.learn`.
         """
-        config, network, clip = self.config, self.network, self.clip(env_steps)
+        config, network = self.config, self.network
         self.optimizer.param_groups[0]["lr"] = self.lr(env_steps)
-        block = self.cut(batch)
-        value, advantage = self.estimate(block)
-        targets = (value + advantage)[block.mask]
-        told = {"train/explained_variance": 1 - advantage[block.mask].var() / targets.var()}
-        network.count_targets(targets)
-        sums, updates, far = torch.zeros((), device=self.device), 0, False
-        for number in range(config.epochs):
-            if number > 0 and config.recompute:
-                value, advantage = self.estimate(block)
-            for minibatch in self.minibatches(block, {"value": value, "advantage": advantage}):
-                loss, scalars = self.loss(minibatch, clip)
-                far = config.target_kl > 0 and bool(scalars["train/approx_kl"] > 1.5 * config.target_kl)
-                if far:
-                    break
-                self.optimizer.zero_grad()
-                loss.backward()
-                scalars["train/grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm)
-                self.optimizer.step()
-                sums, updates = sums + torch.stack(list(scalars.values())), updates + 1
-            if far:
+        clip = torch.tensor(self.clip(env_steps), device=self.device)  # a number would be compiled anew each time
+        block = cut(batch, sequences=network.core is not None)
+        estimates = self.estimate(block)
+        told = self._count(block, estimates)
+        rows, tags = [], ()
+        for minibatch in self._passes(block, estimates):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bfloat16):
+                loss, scalars = self._judge(minibatch, clip)
+            if config.target_kl and scalars["train/approx_kl"] > 1.5 * config.target_kl:
                 break
+            self.optimizer.zero_grad()
+            loss.backward()
+            scalars["train/grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm)
+            self.optimizer.step()
+            rows.append(torch.stack(list(scalars.values())))
+            tags = tuple(scalars)
         network.count(map_nest(lambda leaf: leaf[:, :-1][block.mask], block.inputs.observation))
-        self.updates.value += updates
-        told |= dict(zip(scalars, sums / updates, strict=True))
-        return Learned(told, updates=updates)
+        self.updates.value += len(rows)
+        if rows:
+            told |= dict(zip(tags, torch.stack(rows).mean(dim=0), strict=True))
+        return Learned(told, updates=len(rows))
 
-    def cut(self, batch: Batch) -> Block:
-        """Make a block of a rollout ready to be learned from.
+    def _passes(self, block: Block, estimates: dict[str, Tensor]) -> Iterator[Minibatch]:
+        """Go over a block as often as the settings say."""
+        for number in range(self.config.epochs):
+            if number > 0 and self.config.recompute:
+                estimates = self.estimate(block)
+            yield from minibatches(block, estimates, self.config.minibatches, self.order)
 
-        Args:
-            batch: ``[N, T]``.
-
-        Returns:
-            The block; with a core it is cut into pieces, none of which holds steps of two episodes.
-        """
-        if self.network.core is None:
-            mask = torch.ones_like(batch.terminated) if batch.mask is None else batch.mask
-            return Block(batch, Inputs(batch.observation), mask)
-        pieces = next(epoch(batch, Episode(gamma=self.config.gamma), batch.reward.numel(), shuffle=False))
-        before = torch.nn.functional.pad(pieces.is_first, (0, 1))  # nothing begins behind the first step of a piece
-        action, reward = (
-            torch.cat([first.unsqueeze(1), rest], dim=1)
-            for first, rest in ((pieces.prev_action, pieces.action), (pieces.prev_reward, pieces.reward))
-        )
-        return Block(pieces, Inputs(pieces.observation, before, action, reward), pieces.mask)
+    def _count(self, block: Block, estimates: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Count the targets of a block, and tell how much of them the values of before explain."""
+        advantage = estimates["advantage"][block.mask]
+        targets = estimates["value"][block.mask] + advantage
+        self.network.count_targets(targets)
+        spread = targets.var(correction=0)
+        explained = torch.where(spread > 0, 1 - advantage.var(correction=0) / spread, 0.0)
+        return {"train/explained_variance": explained.clamp(min=-1.0)}
 
     @torch.no_grad()
-    def estimate(self, block: Block) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    def estimate(self, block: Block) -> dict[str, Float[Tensor, "B T"]]:
         """Estimate values, and advantages over them.
 
         Args:
             block: What to estimate them for.
 
         Returns:
-            Both ``[B, T]``, in the unit of rewards.
+            ``value`` and ``advantage``, ``[B, T]``, in the unit of rewards.
         """
         batch, network = block.batch, self.network
         value = network.values(network.unroll(block.inputs, batch.carry))
-        finals, places = None, batch.final_index
-        if places is None or not len(places):  # pieces have theirs behind their last steps
-            places = None
-        else:
+        finals = places = None
+        if batch.final_index is not None and len(batch.final_index):  # sequences have theirs behind their last steps
+            places = batch.final_index
             finals = network.values(network.step(Inputs(batch.final_observation), ())[0])
         following = successors(value, finals, places)
         value, discount = value[:, :-1], self.config.gamma * ~batch.terminated
-        return value, gae(batch.reward, discount, value, following, continuing(batch), lam=self.config.lam)
+        advantage = gae(batch.reward, discount, value, following, continuing(batch), lam=self.config.lam)
+        return {"value": value, "advantage": advantage}
 
-    def minibatches(self, block: Block, estimates: Mapping[str, Float[Tensor, "B T"]]) -> Iterator[Minibatch]:
-        """Go once over a block in random order; each step is in one minibatch, all of which are about as large.
-
-        Args:
-            block: What to go over.
-            estimates: What was estimated of its steps, by name.
-
-        Returns:
-            As many minibatches as the settings say, fewer where the block has fewer steps or pieces.
-        """
-        batch, mask, count = block.batch, block.mask, self.config.minibatches
-        kept = {name: leaf for name, leaf in batch.extras.items() if name in ("log_prob", "action_mask")}
-        steps = {"action": batch.action, **kept, **estimates}
-        inputs = map_nest(lambda leaf: leaf[:, :-1], block.inputs)
-        if self.network.core is None:
-            places = mask.flatten().nonzero().squeeze(1)
-            order = places[torch.randperm(len(places), generator=self.order).to(places.device)]
-            inputs, steps = map_nest(lambda leaf: leaf.flatten(0, 1)[order], (inputs, steps))
-            for part in range(count):
-                begin, end = (len(order) * edge // count for edge in (part, part + 1))
-                if begin < end:
-                    yield Minibatch(*map_nest(lambda leaf: leaf[begin:end], (inputs, steps)))
-            return
-        lengths = batch.lengths.cpu()
-        order = torch.randperm(len(lengths), generator=self.order)
-        ends = lengths[order].cumsum(0)
-        for part in range(count):
-            rows = order[(ends - 1) * count // ends[-1] == part]
-            if len(rows):
-                longest = int(lengths[rows].max())
-                rows = rows.to(mask.device)
-                valid = mask[rows, :longest]
-                yield Minibatch(
-                    map_nest(lambda leaf: leaf[rows, :longest], inputs),
-                    map_nest(lambda leaf: leaf[rows, :longest][valid], steps),
-                    valid,
-                    map_nest(lambda leaf: leaf[rows], batch.carry),
-                )
-
-    def loss(self, minibatch: Minibatch, clip: float) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+    def loss(
+        self, minibatch: Minibatch, clip: Float[Tensor, ""]
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """Compute the loss of a minibatch.
 
         Args:

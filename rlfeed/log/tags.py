@@ -204,6 +204,27 @@ TAGS: dict[str, Tag] = {
             "Lower the learning rate; see train/q_mean for values that chase themselves.",
         ),
         Tag(
+            "train/approx_kl",
+            "nats",
+            "How far an update's policy is from the one that took the steps, estimated from them, mean.",
+            "Above 0.05 for long: the steps no longer tell about the policy.",
+            "Lower the learning rate, epochs or clip; or set target_kl.",
+        ),
+        Tag(
+            "train/clip_fraction",
+            "fraction",
+            "Part of the steps whose ratio of probabilities has left the clip range.",
+            "Above 0.3, or 0 while the return does not rise.",
+            "Lower the learning rate or epochs where it is high; raise them where it is 0.",
+        ),
+        Tag(
+            "train/clip_range",
+            "1",
+            "How far the ratio of probabilities may move from 1.",
+            "Is not what the schedule says.",
+            "Compare with the run's config.json.",
+        ),
+        Tag(
             "train/critic_loss",
             "loss",
             "Loss of the critics, summed over them.",
@@ -223,6 +244,20 @@ TAGS: dict[str, Tag] = {
             "Loss of the temperature; 0 where the entropy is the one that is aimed at.",
             "Stays far from 0.",
             "The temperature cannot follow: raise the learning rate or the temperature it begins with.",
+        ),
+        Tag(
+            "train/entropy_loss",
+            "nats",
+            "The entropy of actions, negative, mean.",
+            "Near 0 before the return has risen: exploration is over.",
+            "Raise entropy_weight, lower the learning rate.",
+        ),
+        Tag(
+            "train/explained_variance",
+            "1",
+            "Part of the variance of value targets that the values explain before a block is learnt from; at least -1.",
+            "Stays near 0 or below: values are no help.",
+            "Raise the learning rate, widths or epochs; check that observations tell of the rewards to come.",
         ),
         Tag(
             "train/grad_norm",
@@ -246,6 +281,13 @@ TAGS: dict[str, Tag] = {
             "Lower the learning rate, clip gradients, update the target network less often.",
         ),
         Tag(
+            "train/policy_gradient_loss",
+            "loss",
+            "The policy's part of the loss, mean.",
+            "Always near 0 while the return does not rise.",
+            "See train/clip_fraction and the advantages: rewards may not depend on actions.",
+        ),
+        Tag(
             "train/q_drift",
             "1",
             "How far values are from those by which the sampled actions were chosen, as a part of the greatest: weights "
@@ -259,6 +301,20 @@ TAGS: dict[str, Tag] = {
             "Mean value of the actions in the batches, since the last value.",
             "Far above any return there can be: the values chase themselves.",
             "Use double estimates, update the target network less often, lower the learning rate.",
+        ),
+        Tag(
+            "train/std",
+            "1",
+            "Standard deviation of continuous actions, mean over their parts; in -1 .. 1 where these are bounded.",
+            "Grows without end, or falls to 0 before the return has risen.",
+            "Lower entropy_weight where it grows, raise it where it falls.",
+        ),
+        Tag(
+            "train/value_loss",
+            "loss",
+            "The value's part of the loss, mean; of PPO in variances of the targets.",
+            "Grows while the return does not.",
+            "Lower the learning rate; check for rewards that are rare and large.",
         ),
     )
 }
