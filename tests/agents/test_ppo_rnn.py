@@ -96,7 +96,7 @@ def padded(block, extra):
 
     def longer(leaf):
         more = leaf[:, :1].repeat_interleave(extra, dim=1)
-        return torch.cat([leaf, torch.full_like(more, 7)], dim=1) if leaf.dtype != torch.bool else torch.cat(
+        return torch.cat([leaf, torch.full_like(more, 3)], dim=1) if leaf.dtype != torch.bool else torch.cat(
             [leaf, torch.zeros_like(more)], dim=1
         )  # fmt: skip
 
