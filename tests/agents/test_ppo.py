@@ -16,6 +16,7 @@ BOX = spaces.Box(-10, 10, (2,), np.float32)
 
 
 def make(actions=None, observation=BOX, total_steps=1000, **config):
+    torch.set_num_threads(1)
     return PPO(
         PPOConfig(**{"widths": (16,), "epochs": 2, "minibatches": 4, **config}),
         observation,

@@ -20,6 +20,7 @@ ENDS = ("terminated", "truncated", "both")
 
 
 def make(envs, layers=1, core="lstm", **config):
+    torch.set_num_threads(1)
     fixed = {"widths": (8,), "core": core, "core_width": 6, "core_layers": layers, "epochs": 1, "minibatches": 2}
     agent = PPO(
         PPOConfig(**{**fixed, **config}),
