@@ -290,7 +290,7 @@ TAGS: dict[str, Tag] = {
         Tag(
             "train/q_drift",
             "1",
-            "How far values are from those by which the sampled actions were chosen, as a part of the greatest: weights "
+            "How far values are from those by which the sampled actions were chosen, as part of the greatest: weights "
             "have changed since, and the stored carry is of the weights of then. Mean since the last value.",
             "Near 1, or grows while train/loss does not.",
             "Use a longer burn-in, a smaller capacity or a lower learning rate.",
