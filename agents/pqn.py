@@ -29,7 +29,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from gymnasium import spaces
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from agents.config import AgentConfig, BlockTrainConfig, EnvConfig, check
@@ -264,15 +264,31 @@ class PQN(BlockAgent):
         for _ in range(config.epochs):
             order = torch.randperm(len(rows[2]), generator=self.generator).to(self.device)
             for part in order.tensor_split(config.minibatches):
-                inputs, action, target, mask = map_nest(lambda leaf, part=part: leaf[part], rows)
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bfloat16):
-                    value = self.trained(*inputs)[0]
-                value = value[:, : action.shape[1]].gather(2, action.unsqueeze(2)).squeeze(2).float()
-                loss = masked_mean(0.5 * ((value - target) / network.deviation).square(), mask)
-                sums += torch.stack([loss.detach(), masked_mean(value.detach(), mask), self._step(loss, env_steps)])
+                loss, q_mean = self.loss(*map_nest(lambda leaf, part=part: leaf[part], rows))
+                sums += torch.stack([loss.detach(), q_mean, self._step(loss, env_steps)])
         updates = config.epochs * config.minibatches
         loss, q_mean, grad_norm = sums / updates
         return Learned({"train/loss": loss, "train/q_mean": q_mean, "train/grad_norm": grad_norm}, updates=updates)
+
+    def loss(
+        self, inputs: Nest, action: Int64[Tensor, "B T"], target: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Compute the loss of some rows.
+
+        Args:
+            inputs: What the network takes: ``[B, T, ...]``, or with a core ``[B, T+1, ...]``.
+            action: The actions taken, from 0.
+            target: What their values are trained towards.
+            mask: Where.
+
+        Returns:
+            Half the mean squared error, in units of the targets' deviation, and the mean of the values.
+        """
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16):
+            values = self.trained(*inputs)[0]
+        value = values[:, : action.shape[1]].gather(2, action.unsqueeze(2)).squeeze(2).float()
+        error = (value - target) / self.network.deviation
+        return masked_mean(0.5 * error.square(), mask), masked_mean(value.detach(), mask)
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"]]:
@@ -309,12 +325,12 @@ class PQN(BlockAgent):
         before: Any = batch.prev_action
         begins: Any = batch.is_first
         previous = torch.cat([before.unsqueeze(1), batch.action], dim=1).long() - self.first_action + 1
-        previous[:, 0] *= ~begins[:, 0]
+        previous.clamp_(min=0)[:, 0] *= ~begins[:, 0]  # padding is zeros, wherever actions begin
         return batch.observation, previous, batch.carry
 
     def _rows(self, batch: Batch, target: Tensor, mask: Tensor) -> Nest:
         """Give what minibatches are made of, a row each: single steps, or with a core whole episodes."""
-        rows = (batch.action.long() - self.first_action, target, mask)
+        rows = ((batch.action.long() - self.first_action).clamp(min=0), target, mask)
         if self.network.core is not None:
             return self._inputs(batch), *rows
         steps = mask.flatten().nonzero().squeeze(1)
