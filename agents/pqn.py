@@ -32,6 +32,7 @@ from gymnasium import spaces
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from agents.common import clip_gradients
 from agents.config import AgentConfig, BlockTrainConfig, EnvConfig, check
 from agents.networks import flatten_parameters
 from agents.pqn_network import MASK, Core, Greedy, PQNetwork
@@ -69,11 +70,11 @@ class PQNConfig(AgentConfig):
         epsilon_fraction: Part of the run's env steps in which exploration falls, above 0 to 1.
     """
 
-    lr: float = 5e-4
+    lr: float = 2.5e-4
     lr_end: float = 0.0
     gamma: float = 0.99
     lam: float = 0.95
-    epochs: int = 2
+    epochs: int = 4
     minibatches: int = 8
     widths: tuple[int, ...] = (128, 128)
     core: Core = "none"
@@ -81,7 +82,7 @@ class PQNConfig(AgentConfig):
     core_layers: int = 1
     max_grad_norm: float = 10.0
     epsilon_start: float = 1.0
-    epsilon_end: float = 0.05
+    epsilon_end: float = 0.1
     epsilon_fraction: float = 0.1
 
     def __post_init__(self) -> None:
@@ -156,9 +157,9 @@ def pqn_rnn() -> BlockTrainConfig:
     """
     return BlockTrainConfig(
         env=EnvConfig(id="rlfeed.testing.masked:MaskedVelocityCartPole", num_envs=32),
-        agent=PQNConfig(core="gru"),
+        agent=PQNConfig(core="gru", core_width=64, widths=(64,)),
         total_steps=300_000,
-        block_length=64,
+        block_length=32,
         eval_every=50_000,
         checkpoint_every=50_000,
         log_every=5_000,
@@ -208,8 +209,8 @@ class PQN(BlockAgent):
             generator=self.generator,
         ).to(device)
         self.trained = torch.compile(self.network) if config.compile else self.network
-        weights, self._gradient = flatten_parameters(self.network)
-        self.optimizer = torch.optim.Adam([weights], lr=config.lr, betas=(0.9, BETA), fused=True)
+        self._weights, self._gradient = flatten_parameters(self.network)
+        self.optimizer = torch.optim.Adam([self._weights], lr=config.lr, betas=(0.9, BETA), fused=True)
         self.lr = Linear(config.lr, config.lr_end, total_steps)
         self.epsilon = Linear(
             config.epsilon_start, config.epsilon_end, max(1, round(config.epsilon_fraction * total_steps))
@@ -342,8 +343,7 @@ class PQN(BlockAgent):
         """Take one optimiser step; gives the gradient's norm."""
         self._gradient.zero_()
         loss.backward()
-        grad_norm = torch.linalg.vector_norm(self._gradient)
-        self._gradient.mul_((self.config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
+        grad_norm = clip_gradients([self._weights], self.config.max_grad_norm)
         self.updates.value += 1
         self.optimizer.param_groups[0]["lr"] = self.lr(env_steps) * rectification(self.updates.value)
         self.optimizer.step()
