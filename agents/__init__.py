@@ -1,12 +1,13 @@
 """Agents: one file each, read from top to bottom, built on the library; and their presets by name."""
 
-from agents.dqn import dqn, rainbow
+from agents.dqn import apex, dqn, rainbow
 from agents.ppo import ppo, ppo_rnn
 from agents.pqn import pqn, pqn_rnn
 from agents.r2d2 import r2d2
 from agents.sac import crossq, sac, xqc
 
 PRESETS = {
+    "apex": apex,
     "crossq": crossq,
     "dqn": dqn,
     "ppo": ppo,
@@ -19,4 +20,4 @@ PRESETS = {
     "xqc": xqc,
 }
 
-__all__ = ["PRESETS", "crossq", "dqn", "ppo", "ppo_rnn", "pqn", "pqn_rnn", "r2d2", "rainbow", "sac", "xqc"]
+__all__ = ["PRESETS", "apex", "crossq", "dqn", "ppo", "ppo_rnn", "pqn", "pqn_rnn", "r2d2", "rainbow", "sac", "xqc"]

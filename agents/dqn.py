@@ -15,16 +15,18 @@ Sources: Mnih et al. 2015 (Human-level control through deep reinforcement learni
 2016 (Deep reinforcement learning with double Q-learning, equation 4), Wang et al. 2016 (dueling networks, equation 9),
 Sutton 1988 (n-step returns), Schaul et al. 2016 (Prioritized experience replay, algorithm 1), Bellemare et al. 2017
 (A distributional perspective on reinforcement learning, algorithm 1), Fortunato et al. 2018 (Noisy networks for
-exploration), Hessel et al. 2018 (Rainbow), Farebrother et al. 2024 (Stop regressing, equation 3.2: hl_gauss).
+exploration), Hessel et al. 2018 (Rainbow), Farebrother et al. 2024 (Stop regressing, equation 3.2: hl_gauss), Horgan
+et al. 2018 (Distributed prioritized experience replay, section 4.1: apex).
 
 Departs from Mnih et al.: double estimates and n-step returns by default; truncated episodes bootstrap from their true
 final observation; Adam, whose learning rate falls linearly to `lr_end`; the gradient's norm is clipped, and each error
 by the Huber loss; rewards are not clipped. Departs from Hessel et al.: epsilon-greedy unless `noisy`; both streams of
-the dueling network begin after all layers; weights are divided by the greatest of their batch.
+the dueling network begin after all layers; weights are divided by the greatest of their batch. Departs from Horgan et
+al.: a new step has the greatest priority that is stored, not one that its actor computed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +36,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from agents.common import Support, polyak
-from agents.config import AgentConfig, ReplayTrainConfig, check
+from agents.config import AgentConfig, EnvConfig, ReplayTrainConfig, check
 from agents.networks import QNetwork, flatten_parameters
 from rlfeed.errors import FieldError, SpaceError
 from rlfeed.nest import Nest, map_nest
@@ -76,8 +78,8 @@ class DQNConfig(AgentConfig):
         epsilon_start: Probability of a random action at the first env step, 0 to 1.
         epsilon_end: Probability of a random action once exploration has fallen, 0 to 1.
         epsilon_fraction: Part of the run's env steps in which exploration falls, above 0 to 1.
-        epsilon_power: Actor i of n explores with epsilon ** (1 + epsilon_power * i / (n - 1)); 0 makes all alike.
-            Horgan et al. 2018 (Distributed prioritized experience replay) have 7, and an epsilon of 0.4.
+        epsilon_power: Environment i of the n of all actors explores with epsilon ** (1 + epsilon_power * i / (n - 1));
+            0 makes all alike. Horgan et al. 2018 have 7, with an epsilon of 0.4.
     """
 
     lr: float = 2e-3
@@ -147,6 +149,18 @@ def rainbow() -> ReplayTrainConfig:
     return ReplayTrainConfig(train_every=4, updates_per_round=1, batch_size=128, agent=agent)
 
 
+def apex() -> ReplayTrainConfig:
+    """Give the settings of Ape-X: Rainbow, fed by actors in processes of their own, each environment with its epsilon.
+
+    Returns:
+        A whole run: environment, agent and budget.
+
+    """
+    run = rainbow()
+    agent = replace(run.agent, epsilon_start=0.4, epsilon_end=0.4, epsilon_power=7.0)
+    return replace(run, agent=agent, env=EnvConfig(num_envs=4), actors=2)
+
+
 class DQN(ReplayAgent):
     """Learn action values from transitions, and act on them.
 
@@ -158,7 +172,7 @@ class DQN(ReplayAgent):
         total_steps: Environment steps of the whole run, the end of every schedule.
         seed: Seeds the network's weights and its noise.
         device: Where to learn and act.
-        num_envs: Environments of the run; nothing depends on it.
+        num_envs: Environments of one actor; they share out what `epsilon_power` spreads.
 
     Raises:
         SpaceError: If the actions are not Discrete, or a part of the observation space is not supported.
@@ -170,18 +184,15 @@ class DQN(ReplayAgent):
         observation_space: spaces.Space,
         action_space: spaces.Space,
         *,
-        total_steps: int,
-        seed: int,
-        device: torch.device,
-        num_envs: int = 1,
-    ) -> None:
+        total_steps: int, seed: int, device: torch.device, num_envs: int = 1,
+    ) -> None:  # fmt: skip
         if not isinstance(action_space, spaces.Discrete):
             other = "sac or ppo" if isinstance(action_space, spaces.Box) else "ppo"
             raise SpaceError(
                 f"action_space: is {action_space}; DQN plays Discrete ones only. Use {other}, which plays this one, or "
                 "map a Discrete space onto it in a wrapper."
             )
-        self.config, self.device = config, device
+        self.config, self.device, self.num_envs = config, device, num_envs
         self.first_action, self._actions = int(action_space.start), action_space
         self.unit = Transition(n_step=config.n_step, gamma=config.gamma)
         exponent = config.priority_exponent
@@ -206,9 +217,8 @@ class DQN(ReplayAgent):
         self.updates = Counter()
         self.lr = Linear(config.lr, config.lr_end, total_steps)
         self._beta = Linear(config.beta, 1.0, total_steps)
-        self.epsilon = Linear(
-            config.epsilon_start, config.epsilon_end, max(1, round(config.epsilon_fraction * total_steps))
-        )
+        falling = max(1, round(config.epsilon_fraction * total_steps))
+        self.epsilon = Linear(config.epsilon_start, config.epsilon_end, falling)
         self._judge = torch.compile(self._errors) if config.compile else self._errors
         self.policy = self.actor(0, 1)[0]
 
@@ -217,8 +227,9 @@ class DQN(ReplayAgent):
         greedy = GreedyQ(self.network, self.support, self.first_action, self.device)
         if self.config.noisy:
             return greedy, self.network
-        exponent = 1 + self.config.epsilon_power * number / max(count - 1, 1)
-        return EpsilonGreedy(greedy, lambda env_steps: self.epsilon(env_steps) ** exponent, self._actions), self.network
+        rungs = np.linspace(0.0, 1.0, count * self.num_envs)[number * self.num_envs :][: self.num_envs]
+        powers = 1.0 + self.config.epsilon_power * rungs
+        return EpsilonGreedy(greedy, lambda env_steps: self.epsilon(env_steps) ** powers, self._actions), self.network
 
     def learn(self, batch: Batch, *, env_steps: int) -> Learned:
         """Take one optimiser step; see `Agent.learn`.
@@ -286,7 +297,7 @@ class DQN(ReplayAgent):
         """
         outputs = self._outputs(self.target, next_observation, noise[1])
         chooser = self._outputs(self.network, next_observation, noise[2]) if self.config.double else outputs
-        following = _of(_greedy(means(chooser, self.support), _mask_in(next_observation)), outputs)
+        following = _of(_greedy(_means(chooser, self.support), _mask_in(next_observation)), outputs)
         # where, not a product: 0 * inf from a terminal observation's value would be nan.
         goes_on = discount > 0
         if self.support is None:
@@ -299,15 +310,8 @@ class DQN(ReplayAgent):
 
     @torch.no_grad()
     def values(self, observation: Nest) -> Float[Tensor, " B"]:
-        """Estimate what the best action is worth.
-
-        Args:
-            observation: ``[B, ...]`` per leaf.
-
-        Returns:
-            Discounted returns.
-        """
-        return means(self.network(observation), self.support).amax(dim=-1)
+        """Estimate what the best action is worth, ``[B, ...]`` per leaf of the observation."""
+        return _means(self.network(observation), self.support).amax(dim=-1)
 
     def beta(self, env_steps: int) -> float | None:
         """Give the exponent of importance weights; see `ReplayAgent.beta`."""
@@ -364,7 +368,7 @@ class GreedyQ:
         noise = None
         if self._noise_size and context.mode == "explore":
             noise = self._moved(context.generator.standard_normal(self._noise_size, np.float32))
-        values = means(self.network(map_nest(self._moved, observation), noise), self.support)
+        values = _means(self.network(map_nest(self._moved, observation), noise), self.support)
         mask = None if context.action_mask is None else self._moved(context.action_mask)
         return PolicyOutput(_greedy(values, mask).cpu().numpy() + self.first_action)
 
@@ -372,16 +376,8 @@ class GreedyQ:
         return torch.from_numpy(array).to(self.device)
 
 
-def means(outputs: Float[Tensor, "B actions *atoms"], support: Support | None) -> Float[Tensor, "B actions"]:
-    """Give the values that a network's outputs stand for.
-
-    Args:
-        outputs: Of a `QNetwork`.
-        support: The atoms that logits belong to; None where the outputs are values.
-
-    Returns:
-        One value per action.
-    """
+def _means(outputs: Float[Tensor, "B actions *atoms"], support: Support | None) -> Float[Tensor, "B actions"]:
+    """Give the values that a network's outputs stand for."""
     return outputs if support is None else support.mean(outputs.softmax(dim=-1))
 
 

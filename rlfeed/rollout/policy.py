@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float64
+from numpy import ndarray
 from torch import nn
 
 from rlfeed.errors import ConfigError, FieldError, PolicyError
@@ -120,11 +122,13 @@ class EpsilonGreedy:
 
     Args:
         policy: What to explore around: a `Policy`, a module or a function.
-        schedule: Epsilon, 0 to 1, as a function of env steps.
+        schedule: Epsilon, 0 to 1, as a function of env steps: one for all environments, or an array ``[N]``.
         action_space: Of one environment; masks are respected.
     """
 
-    def __init__(self, policy: Any, schedule: Callable[[int], float], action_space: Any) -> None:
+    def __init__(
+        self, policy: Any, schedule: Callable[[int], float | Float64[ndarray, " N"]], action_space: Any
+    ) -> None:
         self._policy = adapt(policy)
         self._schedule = schedule
         self._actions = Actions(action_space)
@@ -140,20 +144,21 @@ class EpsilonGreedy:
         """
         return self._policy.initial_carry(num_envs)
 
-    def epsilon(self, env_steps: int) -> float:
+    def epsilon(self, env_steps: int) -> float | Float64[ndarray, " N"]:
         """Give the probability of a random action.
 
         Args:
             env_steps: Steps taken so far.
 
         Returns:
-            Epsilon.
+            Epsilon, or each environment's.
 
         Raises:
             ConfigError: If the schedule gives no probability.
         """
-        epsilon = float(self._schedule(env_steps))
-        if not 0.0 <= epsilon <= 1.0:
+        epsilon = self._schedule(env_steps)
+        least, most = (epsilon.min(), epsilon.max()) if isinstance(epsilon, ndarray) else (epsilon, epsilon)
+        if not 0.0 <= least <= most <= 1.0:
             raise ConfigError(f"EpsilonGreedy: epsilon is {epsilon} at {env_steps} env steps; expected 0 to 1.")
         return epsilon
 
@@ -172,7 +177,10 @@ class EpsilonGreedy:
         if context.mode != "explore":
             return out
         rows = len(context.env_ids)
-        explore = context.generator.random(rows) < self.epsilon(context.env_steps)
+        epsilon = self.epsilon(context.env_steps)
+        if isinstance(epsilon, ndarray):
+            epsilon = epsilon[context.env_ids]
+        explore = context.generator.random(rows) < epsilon
         places = explore.nonzero()[0]
         if not len(places):
             return out
