@@ -279,12 +279,8 @@ def batch(terminated, truncated, **others):
     return Batch(observation=zeros, action=zeros, reward=zeros, terminated=terminated, truncated=truncated, **others)
 
 
-def test_continuing_every_end_stops():
-    block = batch(
-        [False, True, False, False, False, False],
-        [False, False, False, True, False, False],
-        is_first=flags([True, False, True, False, True, False]),
-    )
+def test_continuing_flags_alone_stop():
+    block = batch([False, True, False, False, False, False], [False, False, False, True, False, False])
 
     assert continuing(block).tolist() == [[True, False, True, False, True, False]]
 
@@ -304,6 +300,14 @@ def test_continuing_padding_stops():
     padded = continuing(batch(nowhere, nowhere, mask=flags([True, True, False, False])))
 
     assert padded.tolist() == [[True, False, False, False]]
+
+
+def test_continuing_step_that_is_none_has_no_next():
+    nowhere = [False] * 4
+
+    assert continuing(batch(nowhere, nowhere, mask=flags([True, False, True, True]))).tolist() == [
+        [False, False, True, False]
+    ]
 
 
 def test_continuing_final_observation_alone_stops():
