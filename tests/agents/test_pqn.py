@@ -259,7 +259,7 @@ def test_state_dict_loaded_into_another_agent_learns_on_bit_equal(core):
         agent.learn(rows, env_steps=50)
     mine, theirs = one.network.state_dict(), other.network.state_dict()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    assert one.updates.value == other.updates.value == 8
+    assert one.updates.value == other.updates.value == 16
 
 
 def vars_of(rows):
