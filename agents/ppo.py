@@ -5,9 +5,13 @@ What it computes for a block of steps, A from generalised advantage estimation a
     ratio  = pi(a | s) / pi_old(a | s)
     loss   = mean of -min(ratio A, clip(ratio, 1 - c, 1 + c) A) + v (V(s) - G)^2 / 2 - e entropy,    G = A + V_old(s)
 
+`impala` learns from actors that act beside the learner, with weights of a while ago (mu): advantages and G are those of
+V-trace, which corrects for pi_old / mu, and pi_old is the learner's policy when a block reaches it.
+
 Sources: Schulman et al. 2017 (Proximal policy optimization algorithms, equations 7 and 9), Schulman et al. 2016
-(generalised advantage estimation, equation 16), Huang et al. 2022 (The 37 implementation details of PPO), Andrychowicz
-et al. 2021 (What matters for on-policy deep actor-critic methods).
+(generalised advantage estimation, equation 16), Espeholt et al. 2018 (IMPALA, equation 1 and section 4.2), Huang et
+al. 2022 (The 37 implementation details of PPO), Andrychowicz et al. 2021 (What matters for on-policy deep actor-critic
+methods).
 
 Departs from Schulman et al. 2017: advantages are estimated anew before each pass over a block, with the values learnt
 meanwhile (Andrychowicz et al., section 3.6); truncated episodes bootstrap from their true final observation; inputs
@@ -18,9 +22,10 @@ ends of episodes, each minibatch is made of whole pieces, padded, and each piece
 its steps were taken. What is padding never reaches the loss: the steps are picked out behind the core.
 """
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from gymnasium import spaces
@@ -32,7 +37,8 @@ from agents.blocks import Block, Minibatch, cut, minibatches
 from agents.common import ActionHead
 from agents.config import AgentConfig, BlockTrainConfig, EnvConfig, check
 from rlfeed.nest import Nest, leaves, map_nest
-from rlfeed.returns import continuing, gae, standardize, successors
+from rlfeed.returns import continuing, gae, standardize, successors, vtrace
+from rlfeed.rollout.actions import MASK
 from rlfeed.specs import from_space, zeros
 from rlfeed.train.agent import BlockAgent, Counter, Learned
 from rlfeed.train.schedule import Linear
@@ -48,6 +54,8 @@ class PPOConfig(AgentConfig):
         lr_end: Learning rate at the last env step; in between it falls in a straight line.
         gamma: Discount per step, 0 to 1.
         lam: Weight of long returns against estimated values, 0 to 1.
+        estimator: Of advantages: gae, or vtrace, which corrects for a policy that acted and is not the learner's.
+        rho_clip: Of vtrace: ratios of the two policies count up to this.
         clip: How far the ratio may move from 1 before the policy's loss stops pulling.
         clip_end: The same at the last env step.
         epochs: Passes over each block.
@@ -70,6 +78,8 @@ class PPOConfig(AgentConfig):
     lr_end: float = 0.0
     gamma: float = 0.99
     lam: float = 0.95
+    estimator: Literal["gae", "vtrace"] = "gae"
+    rho_clip: float = 1.0
     clip: float = 0.2
     clip_end: float = 0.2
     epochs: int = 10
@@ -93,6 +103,8 @@ class PPOConfig(AgentConfig):
             "lr_end": (self.lr_end >= 0, "0 or more"),
             "gamma": (0 <= self.gamma <= 1, "0 to 1"),
             "lam": (0 <= self.lam <= 1, "0 to 1"),
+            "estimator": (self.estimator in ("gae", "vtrace"), "gae or vtrace"),
+            "rho_clip": (self.rho_clip > 0, "above 0"),
             "clip": (self.clip > 0, "above 0"),
             "clip_end": (self.clip_end >= 0, "0 or more"),
             "epochs": (self.epochs >= 1, "at least 1"),
@@ -110,14 +122,18 @@ class PPOConfig(AgentConfig):
 
     def findings(self, run: Any) -> list[str]:
         """Say what is wrong with these settings beside those of the run; see `AgentConfig.findings`."""
-        steps = run.block_length * run.env.num_envs
-        if steps % self.minibatches == 0:
-            return []
-        return [
-            f"agent.minibatches: is {self.minibatches}, which does not divide the {steps} steps of a block "
-            f"(block_length {run.block_length} x env.num_envs {run.env.num_envs}); expected a divisor. Change one of "
-            "the three."
-        ]
+        rows, found = run.env.num_envs * max(run.actors, 1), []
+        if (steps := run.block_length * rows) % self.minibatches:
+            found.append(
+                f"agent.minibatches: is {self.minibatches}, which does not divide the {steps} steps of a block "
+                f"(block_length {run.block_length} x {rows} environments); expected a divisor. Change one of the three."
+            )
+        if run.actors and self.estimator != "vtrace":
+            found.append(
+                f"agent.estimator: is {self.estimator!r} with {run.actors} actors, who act with old weights; expected "
+                "vtrace, which corrects for that. Set it, or --actors 0."
+            )
+        return found
 
     def build(
         self,
@@ -151,6 +167,17 @@ def ppo_rnn() -> BlockTrainConfig:
     return BlockTrainConfig(
         env=EnvConfig(num_envs=8), total_steps=100_000, block_length=128, agent=PPOConfig(core="lstm")
     )
+
+
+def impala() -> BlockTrainConfig:
+    """Give settings for actors in processes of their own.
+
+    Returns:
+        A whole run: environments, agent and budget.
+    """
+    agent = PPOConfig(estimator="vtrace", epochs=2, minibatches=4, recompute=False)
+    run = BlockTrainConfig(env=EnvConfig(num_envs=4), total_steps=200_000, block_length=32, agent=agent)
+    return replace(run, actors=2, actors_ahead=1_024, publish_every=1)
 
 
 class PPO(BlockAgent):
@@ -197,6 +224,11 @@ class PPO(BlockAgent):
         self.updates = Counter()
         self._judge = torch.compile(self.loss) if config.compile else self.loss
         self.policy = ActorCriticPolicy(self.network, device)
+        self.columns = {"log_prob": spaces.Box(-math.inf, math.inf, ())}
+        if self.network.core is not None:
+            self.columns["carry"] = self.network.core.carry_space
+        if isinstance(observation_space, spaces.Dict) and MASK in observation_space.spaces:
+            self.columns[MASK] = spaces.MultiBinary(observation_space[MASK].shape)
         if isinstance(action_space, spaces.Box):
             self.actions = "rescale" if action_space.is_bounded() else "clip"
 
@@ -277,33 +309,44 @@ class PPO(BlockAgent):
 
     def _count(self, block: Block, estimates: dict[str, Tensor]) -> dict[str, Tensor]:
         """Count the targets of a block, and tell how much of them the values of before explain."""
-        advantage = estimates["advantage"][block.mask]
-        targets = estimates["value"][block.mask] + advantage
+        value, targets = estimates["value"][block.mask], estimates["target"][block.mask]
         self.network.count_targets(targets)
         spread = targets.var(correction=0)
-        explained = torch.where(spread > 0, 1 - advantage.var(correction=0) / spread, 0.0)
+        explained = torch.where(spread > 0, 1 - (targets - value).var(correction=0) / spread, 0.0)
         return {"train/explained_variance": explained.clamp(min=-1.0)}
 
     @torch.no_grad()
     def estimate(self, block: Block) -> dict[str, Float[Tensor, "B T"]]:
-        """Estimate values, and advantages over them.
+        """Estimate values, what they are to become, and advantages of the actions.
 
         Args:
             block: What to estimate them for.
 
         Returns:
-            ``value`` and ``advantage``, ``[B, T]``, in the unit of rewards.
+            ``value``, ``target`` and ``advantage``, ``[B, T]``, in the unit of rewards; with V-trace ``log_prob`` too,
+            of the learner's policy as it is.
         """
-        batch, network = block.batch, self.network
-        value = network.values(network.unroll(block.inputs, batch.carry))
+        batch, network, config = block.batch, self.network, self.config
+        features = network.unroll(block.inputs, batch.carry)
+        value = network.values(features)
         finals = places = None
         if batch.final_index is not None and len(batch.final_index):  # sequences have theirs behind their last steps
             places = batch.final_index
             finals = network.values(network.step(Inputs(batch.final_observation), ())[0])
         following = successors(value, finals, places)
-        value, discount = value[:, :-1], self.config.gamma * ~batch.terminated
-        advantage = gae(batch.reward, discount, value, following, continuing(batch), lam=self.config.lam)
-        return {"value": value, "advantage": advantage}
+        value, discount, continues = value[:, :-1], config.gamma * ~batch.terminated, continuing(batch)
+        if config.estimator == "gae":
+            advantage = gae(batch.reward, discount, value, following, continues, lam=config.lam)
+            return {"value": value, "target": value + advantage, "advantage": advantage}
+        mask, acted, log_prob = block.mask, batch.extras["log_prob"], torch.zeros_like(value)
+        allowed = batch.extras[MASK][mask] if MASK in batch.extras else None
+        log_prob[mask] = network.distribution(features[:, :-1][mask], allowed).log_prob(batch.action[mask])
+        log_rho = torch.where(mask, log_prob - acted, 0.0)
+        target, advantage = vtrace(
+            log_rho, batch.reward, discount, value, following, continues,
+            lam=config.lam, rho_bar=config.rho_clip, c_bar=config.rho_clip, pg_rho_bar=config.rho_clip,
+        )  # fmt: skip
+        return {"value": value, "target": target, "advantage": advantage, "log_prob": log_prob}
 
     def loss(
         self, minibatch: Minibatch, clip: Float[Tensor, ""]
@@ -332,7 +375,7 @@ class PPO(BlockAgent):
         policy_loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
 
         deviation = network.value_moments.deviation
-        before, target = steps["value"], steps["value"] + steps["advantage"]
+        before, target = steps["value"], steps["target"]
         value = network.values(features)
         value_loss = ((value - target) / deviation).square()
         if config.value_clip:

@@ -114,6 +114,7 @@ def test_loss_by_hand_is_the_clipped_surrogate_and_the_squared_error():
     steps = minibatch.steps
     steps["log_prob"] = steps["log_prob"] - torch.tensor(0.3).log() * (torch.arange(48) % 2)  # ratios of 1 and 0.3
     steps["advantage"] = torch.where(torch.arange(48) % 4 < 2, 2.0, -1.0)
+    steps["target"] = steps["value"] + steps["advantage"]
     loss, scalars = agent.loss(minibatch, torch.tensor(0.2))
     # min(1 A, 1 A) = A and min(0.3 A, 0.8 A): 2, 0.6, -1, -0.8.
     assert scalars["train/policy_gradient_loss"].item() == pytest.approx(-(2 + 0.6 - 1 - 0.8) / 4, abs=1e-5)
@@ -131,7 +132,7 @@ def test_loss_value_clip_takes_the_worse_of_both():
     block = cut(batch, sequences=False)
     minibatch = next(minibatches(block, agent.estimate(block), 1, agent.order))
     minibatch.steps["value"] = minibatch.steps["value"] - 2.0  # the values have moved by 2 since
-    minibatch.steps["advantage"] = torch.full((48,), 2.0)  # and are right now; half a deviation on the way is not
+    minibatch.steps["target"] = minibatch.steps["value"] + 2.0  # and are right now; half a deviation on the way is not
     _, scalars = agent.loss(minibatch, torch.tensor(0.2))
     assert scalars["train/value_loss"].item() == pytest.approx(1.5**2, abs=1e-4)
 
