@@ -11,12 +11,10 @@ mean, and a' is the action whose mean is greatest:
     target = projection of R + gamma^k z_i with p'_i(s', a') onto the atoms
     loss   = mean of w * cross_entropy(target, p(s, a))   priority = the cross entropy
 
-Sources: Mnih et al. 2015 (Human-level control through deep reinforcement learning, algorithm 1), van Hasselt et al.
-2016 (Deep reinforcement learning with double Q-learning, equation 4), Wang et al. 2016 (dueling networks, equation 9),
-Sutton 1988 (n-step returns), Schaul et al. 2016 (Prioritized experience replay, algorithm 1), Bellemare et al. 2017
-(A distributional perspective on reinforcement learning, algorithm 1), Fortunato et al. 2018 (Noisy networks for
-exploration), Hessel et al. 2018 (Rainbow), Farebrother et al. 2024 (Stop regressing, equation 3.2: hl_gauss), Horgan
-et al. 2018 (Distributed prioritized experience replay, section 4.1: apex).
+Sources: Mnih et al. 2015 (DQN, algorithm 1), van Hasselt et al. 2016 (double Q-learning, equation 4), Wang et al. 2016
+(dueling networks, equation 9), Sutton 1988 (n-step returns), Schaul et al. 2016 (prioritized replay, algorithm 1),
+Bellemare et al. 2017 (C51, algorithm 1), Fortunato et al. 2018 (noisy networks, equations 9 to 11), Hessel et al. 2018
+(Rainbow), Farebrother et al. 2024 (HL-Gauss, equations 6 and 7), Horgan et al. 2018 (Ape-X, section 4.1).
 
 Departs from Mnih et al.: double estimates and n-step returns by default; truncated episodes bootstrap from their true
 final observation; Adam, whose learning rate falls linearly to `lr_end`; the gradient's norm is clipped, and each error
@@ -154,7 +152,6 @@ def apex() -> ReplayTrainConfig:
 
     Returns:
         A whole run: environment, agent and budget.
-
     """
     run = rainbow()
     agent = replace(run.agent, epsilon_start=0.4, epsilon_end=0.4, epsilon_power=7.0)
@@ -195,8 +192,8 @@ class DQN(ReplayAgent):
         self.config, self.device, self.num_envs = config, device, num_envs
         self.first_action, self._actions = int(action_space.start), action_space
         self.unit = Transition(n_step=config.n_step, gamma=config.gamma)
-        exponent = config.priority_exponent
-        self.sampler = Prioritized(alpha=exponent, beta=config.beta) if exponent else Uniform()
+        self._prioritized = config.priority_exponent > 0
+        self.sampler = Prioritized(config.priority_exponent, config.beta) if self._prioritized else Uniform()
         self.support = Support(config.v_min, config.v_max, config.atoms, device) if config.atoms > 1 else None
         self.network, self.target = (
             QNetwork(
@@ -227,6 +224,8 @@ class DQN(ReplayAgent):
         greedy = GreedyQ(self.network, self.support, self.first_action, self.device)
         if self.config.noisy:
             return greedy, self.network
+        if not self.config.epsilon_power:
+            return EpsilonGreedy(greedy, self.epsilon, self._actions), self.network
         rungs = np.linspace(0.0, 1.0, count * self.num_envs)[number * self.num_envs :][: self.num_envs]
         powers = 1.0 + self.config.epsilon_power * rungs
         return EpsilonGreedy(greedy, lambda env_steps: self.epsilon(env_steps) ** powers, self._actions), self.network
@@ -239,15 +238,10 @@ class DQN(ReplayAgent):
         """
         if batch.discount is None or batch.next_observation is None:
             raise FieldError("DQN: the batch has no discount or next_observation; expected batches of Transition.")
-        losses, priorities, values = self._judge(
-            batch.observation,
-            batch.action.long() - self.first_action,
-            batch.reward,
-            batch.discount,
-            batch.next_observation,
-            self._noise(),
-        )
-        loss = (losses if batch.weights is None else batch.weights * losses).mean()
+        action = batch.action.long() - self.first_action
+        seen = batch.observation, action, batch.reward, batch.discount, batch.next_observation
+        losses, priorities, values = self._judge(*seen, self._noise())
+        loss = (batch.weights * losses if self._prioritized else losses).mean()
 
         self._gradient.zero_()
         loss.backward()
@@ -259,7 +253,7 @@ class DQN(ReplayAgent):
         if self.updates.value % self.config.target_every == 0:
             polyak(self.target, self.network, 1.0)
         scalars = {"train/loss": loss.detach(), "train/q_mean": values.mean(), "train/grad_norm": grad_norm}
-        return Learned(scalars, priorities if self.config.priority_exponent else None)
+        return Learned(scalars, priorities)
 
     def _errors(
         self,
@@ -269,16 +263,18 @@ class DQN(ReplayAgent):
         discount: Float[Tensor, " B"],
         next_observation: Nest,
         noise: Noise,
-    ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"], Float[Tensor, " B"]]:
+    ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"] | None, Float[Tensor, " B"]]:
         """Give losses and priorities, both before importance weights, and the values of the actions taken."""
         taken = _of(action, self._outputs(self.network, observation, noise[0]))
         target = self.targets(reward, discount, next_observation, noise)
         if self.support is None:
             losses = nn.functional.smooth_l1_loss(taken, target, reduction="none")
-            return losses, (taken - target).detach().abs() + _LEAST_PRIORITY, taken.detach()
-        logs = taken.log_softmax(dim=-1)
-        losses = -(target * logs).sum(dim=-1)
-        return losses, losses.detach() + _LEAST_PRIORITY, self.support.mean(logs.detach().exp())
+            errors, values = taken.detach() - target, taken.detach()
+        else:
+            logs = taken.log_softmax(dim=-1)
+            losses = -(target * logs).sum(dim=-1)
+            errors, values = losses.detach(), self.support.mean(logs.detach().exp())
+        return losses, errors.abs() + _LEAST_PRIORITY if self._prioritized else None, values
 
     @torch.no_grad()
     def targets(
@@ -298,13 +294,13 @@ class DQN(ReplayAgent):
         outputs = self._outputs(self.target, next_observation, noise[1])
         chooser = self._outputs(self.network, next_observation, noise[2]) if self.config.double else outputs
         following = _of(_greedy(_means(chooser, self.support), _mask_in(next_observation)), outputs)
-        # where, not a product: 0 * inf from a terminal observation's value would be nan.
+        # where, not a product alone: 0 * inf from a terminal observation's value would be nan.
         goes_on = discount > 0
         if self.support is None:
-            return reward + torch.where(goes_on, discount * following, 0.0)
+            return torch.where(goes_on, torch.addcmul(reward, discount, following), reward)
         if self.config.hl_gauss:
             following = self.support.mean(following.softmax(dim=-1))
-            return self.support.hl_gauss(reward + torch.where(goes_on, discount * following, 0.0))
+            return self.support.hl_gauss(torch.where(goes_on, torch.addcmul(reward, discount, following), reward))
         following = torch.where(goes_on.unsqueeze(1), following, 0.0).softmax(dim=-1)
         return self.support.project(following, reward, discount)
 
@@ -315,14 +311,12 @@ class DQN(ReplayAgent):
 
     def beta(self, env_steps: int) -> float | None:
         """Give the exponent of importance weights; see `ReplayAgent.beta`."""
-        return self._beta(env_steps) if self.config.priority_exponent else None
+        return self._beta(env_steps) if self._prioritized else None
 
     def scalars(self, env_steps: int) -> dict[str, float]:
         """Say where the schedules stand; see `Agent.scalars`."""
-        return {
-            "rollout/exploration_rate": 0.0 if self.config.noisy else self.epsilon(env_steps),
-            "train/learning_rate": self.lr(env_steps),
-        }
+        rate = 0.0 if self.config.noisy else self.epsilon(env_steps)
+        return {"rollout/exploration_rate": rate, "train/learning_rate": self.lr(env_steps)}
 
     def parts(self) -> dict[str, Any]:
         """Name what learning changes; see `Agent.parts`."""
@@ -386,8 +380,8 @@ def _greedy(values: Float[Tensor, "B actions"], mask: Bool[Tensor, "B actions"] 
 
 
 def _of(action: Int64[Tensor, " B"], outputs: Float[Tensor, "B actions *atoms"]) -> Float[Tensor, "B ..."]:
-    index = action.reshape(-1, *[1] * (outputs.dim() - 1))
-    return outputs.take_along_dim(index, dim=1).squeeze(1)
+    index = action.view(-1, *[1] * (outputs.dim() - 1)).expand(-1, 1, *outputs.shape[2:])
+    return outputs.gather(1, index).squeeze(1)
 
 
 def _mask_in(observation: Nest) -> Bool[Tensor, "B actions"] | None:

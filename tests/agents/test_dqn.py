@@ -93,7 +93,7 @@ def test_learn_loss_is_huber_of_the_errors():
 
 
 def test_learn_weights_scale_each_error():
-    agent = make()
+    agent = make(priority_exponent=0.5)
     set_linear(agent.network, ONLINE)
     set_linear(agent.target, TARGET)
     metrics = agent.learn(batch(weights=torch.tensor([0.5, 0.0])), env_steps=0).scalars

@@ -1,13 +1,19 @@
 """Rainbow: distributions of returns, priorities and noise in the network, by hand and by a slow twin."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
 
+from agents.config import EnvConfig, ReplayTrainConfig
 from agents.dqn import DQN, DQNConfig
 from agents.networks import NoisyLinear, QNetwork
-from rlfeed.types import Batch, PolicyContext
+from agents.training import train
+from rlfeed.replay import ReplayBuffer, Transition
+from rlfeed.testing.probes import LotteryEnv
+from rlfeed.types import Batch, PolicyContext, Step
 
 BOX = spaces.Box(-10, 10, (2,))
 
@@ -144,8 +150,6 @@ def test_learn_loss_and_priorities_equal_a_slow_twin():
 
 def test_learn_from_sums_made_at_insertion_equals_sums_made_when_sampled():
     """(g): three steps of rewards 1, 2, 3 stored as one of 1 + 2 gamma + 3 gamma^2."""
-    from rlfeed.replay import ReplayBuffer, Transition
-    from rlfeed.types import Step
 
     def stored(rewards, unit):
         buffer = ReplayBuffer(BOX, spaces.Discrete(2), capacity=16)
@@ -260,3 +264,40 @@ def test_values_are_the_means_of_the_best_actions():
     agent = make()
     say(agent.network, [SAID[1], SAID[0]])
     assert agent.values(torch.zeros(2, 2)).tolist() == pytest.approx([0.3, 0.3])
+
+
+def run(env, *, num_envs=1, **agent):
+    settings = DQNConfig(**{"widths": (), "atoms": 3, "v_min": -1.0, "v_max": 1.0, "epsilon_end": 0.2, **agent})
+    config = ReplayTrainConfig(
+        env=EnvConfig(num_envs=num_envs, mode="serial"), agent=settings, device="cpu", total_steps=480,
+        learning_starts=32, train_every=8, updates_per_round=8, batch_size=32, eval_every=10**6, eval_episodes=1,
+    )  # fmt: skip
+    return train(config, env=env)[0]
+
+
+def test_distribution_of_a_lottery_is_learned():
+    """P19: a reward of 1 with probability 0.3, else of 0."""
+    agent = run(LotteryEnv, lr=0.05, priority_exponent=0.0)
+    observation = torch.zeros(1, *LotteryEnv.observation_space.shape)
+    mass = agent.network(observation)[0, 0].softmax(dim=-1)
+    assert mass.tolist() == pytest.approx([0.0, 0.7, 0.3], abs=0.07)
+
+
+@pytest.mark.parametrize("num_envs", [1, 4])
+def test_target_network_is_copied_every_so_many_updates_with_any_number_of_environments(num_envs, monkeypatch):
+    """B50."""
+    copies = []
+    monkeypatch.setattr(sys.modules[DQN.__module__], "polyak", lambda target, online, tau: copies.append(tau))
+    agent = run(LotteryEnv, num_envs=num_envs, target_every=50, priority_exponent=0.5)
+    assert agent.updates.value == 8 * ((480 - 32) // 8 + 1)
+    assert copies == [1.0] * (agent.updates.value // 50)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"atoms": 1}, {"dueling": True, "noisy": True, "priority_exponent": 0.5}])
+def test_learn_compiled_equals_eager(settings):
+    eager, compiled = (make(widths=(8,), compile=compile, **settings) for compile in (False, True))
+    for seed in range(3):
+        batch = random_batch(16, seed=seed)
+        losses = [agent.learn(batch, env_steps=0).scalars["train/loss"].item() for agent in (eager, compiled)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
