@@ -207,10 +207,11 @@ def test_learn_moves_target_critics_by_tau():
 
 
 def test_learn_actor_gives_the_critics_no_gradient():
-    agent = make()
-    loss, alpha_loss = agent.actor_loss(batch().observation, torch.zeros(16, 2))
-    (loss + alpha_loss).backward(inputs=agent._acting)
-    assert all(parameter.grad is None for parameter in agent.critics.parameters())
+    both = [make(policy_delay=delay) for delay in (1, 2)]
+    for agent in both:
+        agent.learn(batch(), env_steps=0)
+    for one, other in zip(*(agent.critics.parameters() for agent in both), strict=True):
+        assert torch.equal(one.grad, other.grad)
 
 
 @pytest.mark.parametrize("shape", [(3,), (8, 8, 3)])
