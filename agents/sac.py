@@ -49,18 +49,18 @@ class SACConfig(AgentConfig):
     """Hold the settings of SAC, CrossQ and XQC.
 
     Args:
-        lr: Learning rate of Adam at the first env step, for actor, critics and temperature.
+        lr: Learning rate of Adam at the first env step, for actor and critics.
         lr_end: Learning rate at the last env step; in between it changes in a straight line.
         adam_beta1: Decay of Adam's mean of gradients, 0 to below 1.
         gamma: Discount per step, 0 to 1.
         n_step: Steps of reward summed before the value of what follows is used, at least 1.
         actor_widths: Units of the actor's fully connected layers after the encoder.
         critic_widths: Units of the critics' layers.
-        tau: Part of the critics that moves into the target critics at each update, above 0 to 1; 0: there are no
-            target critics.
+        tau: Part of the critics that moves into their targets at each update, 0 to 1; 0: there are no targets.
         policy_delay: Updates of the critics for each of actor and temperature.
-        alpha: Temperature, the weight of entropy against reward, above 0; with learn_alpha the first one.
-        learn_alpha: Whether the temperature is learned.
+        alpha: Temperature, the weight of entropy against reward, above 0; the first one where it is learned.
+        learn_alpha: Whether it is.
+        alpha_lr: Learning rate of its logarithm at the first env step; it changes as lr does.
         target_entropy: Entropy that the temperature is learned for, per number of an action, in nats.
         norm: Normalisation in actor and critics: none, renorm (CrossQ's) or batch (XQC's).
         norm_warmup: Updates before renorm corrects batches towards the running statistics.
@@ -84,6 +84,7 @@ class SACConfig(AgentConfig):
     policy_delay: int = 1
     alpha: float = 1.0
     learn_alpha: bool = True
+    alpha_lr: float = 3e-4
     target_entropy: float = -1.0
     norm: Norm = "none"
     norm_warmup: int = 100_000
@@ -106,6 +107,7 @@ class SACConfig(AgentConfig):
             "tau": (0 <= self.tau <= 1, "0 to 1"),
             "policy_delay": (self.policy_delay >= 1, "at least 1 update"),
             "alpha": (self.alpha > 0, "above 0"),
+            "alpha_lr": (self.alpha_lr > 0, "above 0"),
             "norm_warmup": (self.norm_warmup >= 0, "0 or more"),
             "atoms": (self.atoms >= 1, "at least 1"),
             "v_min": (self.v_min < self.v_max, f"below v_max, which is {self.v_max}"),
@@ -143,8 +145,8 @@ def crossq() -> ReplayTrainConfig:
     Returns:
         A whole run.
     """
-    agent = SACConfig(norm="renorm", tau=0.0, adam_beta1=0.5, policy_delay=3, critic_widths=(1024, 1024))
-    return replace(sac(), agent=agent)
+    agent = SACConfig(norm="renorm", tau=0.0, adam_beta1=0.5, policy_delay=3, alpha_lr=1e-3)
+    return replace(sac(), agent=replace(agent, critic_widths=(1024, 1024)))
 
 
 def xqc() -> ReplayTrainConfig:
@@ -202,10 +204,10 @@ class SAC(ReplayAgent):
         self.support = Support(config.v_min, config.v_max, config.atoms, device) if config.atoms > 1 else None
         self.scale = ReturnScale(config.v_max).to(device) if config.scale_rewards else None
 
-        # The temperature has the actor's rate and clock, so it has its optimiser too: one launch less.
         self._acting = [*self.policy_net.parameters(), *([self.log_alpha] if config.learn_alpha else [])]
         settings = {"lr": config.lr, "betas": (config.adam_beta1, 0.999), "fused": True}
-        self.policy_optimizer = torch.optim.Adam(self._acting, **settings)
+        groups = [{"params": self.policy_net.parameters()}, {"params": [self.log_alpha]}]
+        self.policy_optimizer = torch.optim.Adam(groups, **settings)
         self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), **settings)
         self.lr = Linear(config.lr, config.lr_end, total_steps)
         self.generator = torch.Generator(device).manual_seed(seed)
@@ -221,7 +223,9 @@ class SAC(ReplayAgent):
         action, reward = batch.action.flatten(1).float(), batch.reward
         if self.scale is not None:
             reward = self.scale(reward, self.config.gamma * batch.extras[PAST] + reward)
-        self.policy_optimizer.param_groups[0]["lr"] = self.critic_optimizer.param_groups[0]["lr"] = self.lr(env_steps)
+        lr = self.lr(env_steps)
+        self.policy_optimizer.param_groups[0]["lr"] = self.critic_optimizer.param_groups[0]["lr"] = lr
+        self.policy_optimizer.param_groups[1]["lr"] = lr / self.config.lr * self.config.alpha_lr
         self.updates.value += 1
 
         step = (batch.observation, action, reward, batch.discount, batch.next_observation)
@@ -238,7 +242,7 @@ class SAC(ReplayAgent):
             with self._autocast():
                 loss, alpha_loss = self.actor_loss(batch.observation, self._noise(action))
             scalars |= {"train/actor_loss": loss.detach(), "train/ent_coef_loss": alpha_loss.detach()}
-            scalars |= {"train/ent_coef": self.log_alpha.detach().exp()}
+            scalars["train/ent_coef"] = self.log_alpha.detach().exp()
             self.policy_optimizer.zero_grad()
             # To these parameters alone: the critics' gradients would cost as much again, and nobody would use them.
             (loss + alpha_loss).backward(inputs=self._acting)
@@ -287,9 +291,7 @@ class SAC(ReplayAgent):
             mean = self.support.mean(value.softmax(dim=2)).mean()
         return -(target * value.log_softmax(dim=2)).sum(dim=2).mean(dim=1).sum(), mean
 
-    def _actor_loss(
-        self, observation: Nest, noise: Float[Tensor, "B actions"]
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    def _actor_loss(self, observation: Nest, noise: Tensor) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Give what the actor is to lower, and what log alpha is to."""
         action, log_prob = self._draw(observation, noise, learning=True)
         loss = (self.log_alpha.detach().exp() * log_prob - self._lower(observation, action)).mean()
@@ -337,9 +339,7 @@ class SAC(ReplayAgent):
     def _noise(self, action: Float[Tensor, "B actions"]) -> Float[Tensor, "B actions"]:
         return torch.empty_like(action).normal_(generator=self.generator)
 
-    def _draw(
-        self, observation: Nest, noise: Float[Tensor, "B actions"], learning: bool = False
-    ) -> tuple[Float[Tensor, "B actions"], Float[Tensor, " B"]]:
+    def _draw(self, observation: Nest, noise: Tensor, learning: bool = False) -> tuple[Tensor, Float[Tensor, " B"]]:
         return TanhGaussian(*self.policy_net(observation, learning)).sample_action(noise)
 
     def _lower(self, observation: Nest, action: Float[Tensor, "B actions"]) -> Float[Tensor, " B"]:
@@ -353,10 +353,10 @@ class SquashedGaussian:
     Its carry holds the last noise, where that is correlated, and the return so far, where rewards are scaled.
 
     Args:
-        network: The actor.
+        network: The actor, on ``device``.
         config: The agent's settings.
         shape: Of one action.
-        device: Where the network is.
+        device: Where to act.
     """
 
     def __init__(self, network: Actor, config: SACConfig, shape: tuple[int, ...], device: torch.device) -> None:

@@ -362,11 +362,18 @@ def test_learn_from_sequences_is_refused():
         make().learn(batch(next_observation=None), env_steps=0)
 
 
-def test_learn_rate_falls_over_the_run():
-    agent = make(lr=0.1, lr_end=0.02, total_steps=100)
+def test_learn_rates_fall_over_the_run():
+    agent = make(lr=0.1, lr_end=0.02, alpha_lr=0.01, total_steps=100)
     agent.learn(batch(), env_steps=50)
-    rates = [o.param_groups[0]["lr"] for o in (agent.policy_optimizer, agent.critic_optimizer)]
-    assert [*rates, agent.scalars(50)["train/learning_rate"]] == pytest.approx([0.06] * 3)
+    groups = agent.policy_optimizer.param_groups + agent.critic_optimizer.param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([0.06, 0.006, 0.06])
+    assert agent.scalars(50)["train/learning_rate"] == pytest.approx(0.06)
+
+
+def test_learn_with_a_given_temperature_leaves_it():
+    agent = make(alpha=0.3, learn_alpha=False)
+    agent.learn(batch(), env_steps=0)
+    assert agent.log_alpha.item() == pytest.approx(math.log(0.3))
 
 
 def test_config_with_several_wrong_values_names_all():
