@@ -60,7 +60,7 @@ class SACConfig(AgentConfig):
         policy_delay: Updates of the critics for each of actor and temperature.
         alpha: Temperature, the weight of entropy against reward, above 0; the first one where it is learned.
         learn_alpha: Whether it is.
-        alpha_lr: Learning rate of its logarithm at the first env step; it changes as lr does.
+        alpha_lr: Learning rate of its logarithm, in multiples of lr.
         target_entropy: Entropy that the temperature is learned for, per number of an action, in nats.
         norm: Normalisation in actor and critics: none, renorm (CrossQ's) or batch (XQC's).
         norm_warmup: Updates before renorm corrects batches towards the running statistics.
@@ -84,7 +84,7 @@ class SACConfig(AgentConfig):
     policy_delay: int = 1
     alpha: float = 1.0
     learn_alpha: bool = True
-    alpha_lr: float = 3e-4
+    alpha_lr: float = 0.3
     target_entropy: float = -1.0
     norm: Norm = "none"
     norm_warmup: int = 100_000
@@ -145,7 +145,7 @@ def crossq() -> ReplayTrainConfig:
     Returns:
         A whole run.
     """
-    agent = SACConfig(norm="renorm", tau=0.0, adam_beta1=0.5, policy_delay=3, alpha_lr=1e-3)
+    agent = SACConfig(norm="renorm", tau=0.0, adam_beta1=0.5, policy_delay=3, alpha_lr=1.0)
     return replace(sac(), agent=replace(agent, critic_widths=(1024, 1024)))
 
 
@@ -156,8 +156,8 @@ def xqc() -> ReplayTrainConfig:
         A whole run.
     """
     agent = SACConfig(norm="batch", unit_weights=True, atoms=101, scale_rewards=True, critic_widths=(512,) * 4)
-    agent = replace(agent, actor_widths=(256,) * 4, policy_delay=3, alpha=0.01, target_entropy=-0.5)
-    return replace(sac(), agent=replace(agent, lr=3e-4, lr_end=3e-5), updates_per_round=2)
+    agent = replace(agent, actor_widths=(256,) * 4, policy_delay=3, alpha=0.01, alpha_lr=1.0)
+    return replace(sac(), agent=replace(agent, target_entropy=-0.5, lr=3e-4, lr_end=3e-5), updates_per_round=2)
 
 
 class SAC(ReplayAgent):
@@ -225,7 +225,7 @@ class SAC(ReplayAgent):
             reward = self.scale(reward, self.config.gamma * batch.extras[PAST] + reward)
         lr = self.lr(env_steps)
         self.policy_optimizer.param_groups[0]["lr"] = self.critic_optimizer.param_groups[0]["lr"] = lr
-        self.policy_optimizer.param_groups[1]["lr"] = lr / self.config.lr * self.config.alpha_lr
+        self.policy_optimizer.param_groups[1]["lr"] = lr * self.config.alpha_lr
         self.updates.value += 1
 
         step = (batch.observation, action, reward, batch.discount, batch.next_observation)

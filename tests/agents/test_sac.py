@@ -363,7 +363,7 @@ def test_learn_from_sequences_is_refused():
 
 
 def test_learn_rates_fall_over_the_run():
-    agent = make(lr=0.1, lr_end=0.02, alpha_lr=0.01, total_steps=100)
+    agent = make(lr=0.1, lr_end=0.02, alpha_lr=0.1, total_steps=100)
     agent.learn(batch(), env_steps=50)
     groups = agent.policy_optimizer.param_groups + agent.critic_optimizer.param_groups
     assert [group["lr"] for group in groups] == pytest.approx([0.06, 0.006, 0.06])
