@@ -44,18 +44,11 @@ class Moments(nn.Module):
         self.count: Tensor
         self.mean: Tensor
         self.variance: Tensor
+        self.deviation: Tensor
         self.register_buffer("count", torch.zeros(()))
         self.register_buffer("mean", torch.zeros(tuple(shape)))
         self.register_buffer("variance", torch.ones(tuple(shape)))
-
-    @property
-    def deviation(self) -> Tensor:
-        """Give the square root of the variance, never 0.
-
-        Returns:
-            A tensor of a row's shape.
-        """
-        return (self.variance + EPSILON).sqrt()
+        self.register_buffer("deviation", torch.ones(tuple(shape)))  # never 0
 
     def forward(self, rows: Tensor) -> Tensor:
         """Normalise rows.
@@ -81,6 +74,7 @@ class Moments(nn.Module):
         before = torch.where(self.count > 0, self.variance, 0.0)
         self.variance.copy_(before * (1 - share) + variance * share + apart.square() * share * (1 - share))
         self.mean.add_(apart * share)
+        self.deviation.copy_((self.variance + EPSILON).sqrt())
         self.count.copy_(total)
 
 
@@ -88,7 +82,7 @@ class Inputs(NamedTuple):
     """Hold what a policy sees: ``[B, ...]``, or ``[B, T, ...]`` of sequences.
 
     Args:
-        observation: What to act on.
+        observation: What to act on, normalised.
         is_first: Whether an episode begins there; the other two count where it does not.
         prev_action: What was done before.
         prev_reward: What came of it.
@@ -161,6 +155,19 @@ class ActorCritic(nn.Module):
             ``[num_envs, ...]`` per leaf; ``()`` without a core.
         """
         return () if self.core is None else self.core.initial_carry(num_envs)
+
+    def normalized(self, observation: Nest) -> Nest:
+        """Normalise observations: what `step` and `unroll` take in.
+
+        Args:
+            observation: ``[..., *shape]`` per leaf.
+
+        Returns:
+            The same shapes.
+        """
+        if self._moments is None:
+            return observation
+        return map_nest(lambda part, leaf: part(leaf), self._moments, observation)
 
     def step(self, inputs: Inputs, carry: Nest) -> tuple[Float[Tensor, "B F"], Nest]:
         """Take in one step.
@@ -240,16 +247,13 @@ class ActorCritic(nn.Module):
         """
         moments = self.value_moments
         last: Any = self.value[-1]
-        mean, deviation = moments.mean.clone(), moments.deviation
+        mean, deviation = moments.mean.clone(), moments.deviation.clone()
         moments.update(targets)
         last.weight.mul_(deviation / moments.deviation)
         last.bias.mul_(deviation).add_(mean - moments.mean).div_(moments.deviation)
 
     def _encode(self, inputs: Inputs) -> Float[Tensor, "B F"]:
-        observation = inputs.observation
-        if self._moments is not None:
-            observation = map_nest(lambda part, leaf: part(leaf), self._moments, observation)
-        encoded = self.encoder(observation)
+        encoded = self.encoder(inputs.observation)
         if self.core is None:
             return encoded
         goes_on = ~inputs.is_first.unsqueeze(-1)
@@ -280,7 +284,7 @@ class ActorCriticPolicy:
     def __call__(self, observation: Nest, carry: Nest, context: PolicyContext) -> PolicyOutput:
         """Draw an action for every row, or in greedy mode take the most probable; see `Policy`."""
         network = self.network
-        inputs = Inputs(map_nest(self._tensor, observation))
+        inputs = Inputs(network.normalized(map_nest(self._tensor, observation)))
         if network.core is not None:
             before = context.is_first, context.prev_action, context.prev_reward
             inputs = Inputs(inputs.observation, *(self._tensor(part) for part in before))

@@ -5,7 +5,7 @@ the carry that it had when its steps were taken. A minibatch is padded to its lo
 its steps comes without padding, which thus never reaches a loss.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -53,11 +53,12 @@ class Minibatch(NamedTuple):
     carry: Nest = ()
 
 
-def cut(batch: Batch, *, sequences: bool) -> Block:
+def cut(batch: Batch, normalize: Callable[[Nest], Nest], *, sequences: bool) -> Block:
     """Make a block of a rollout ready to be gone over.
 
     Args:
         batch: ``[N, T]``, as `Rollout.blocks` gives it.
+        normalize: Makes of observations what the network takes in.
         sequences: Whether to cut it into sequences.
 
     Returns:
@@ -73,7 +74,7 @@ def cut(batch: Batch, *, sequences: bool) -> Block:
         torch.cat([before.unsqueeze(1), steps], dim=1)
         for before, steps in ((pieces.prev_action, pieces.action), (pieces.prev_reward, pieces.reward))
     )
-    inputs = Inputs(pieces.observation, is_first, action, reward)
+    inputs = Inputs(normalize(pieces.observation), is_first, action, reward)
     return Block(pieces, inputs, pieces.mask, pieces.lengths.cpu())
 
 
@@ -100,7 +101,9 @@ def minibatches(
     inputs = map_nest(lambda leaf: leaf[:, :-1], block.inputs)
     if block.lengths is None:
         places = mask.flatten().nonzero().squeeze(1)
-        order = places[torch.randperm(len(places), generator=generator).to(places.device)]
+        order = places
+        if count > 1:
+            order = places[torch.randperm(len(places), generator=generator).to(places.device)]
         shuffled = map_nest(lambda leaf: leaf.flatten(0, 1)[order], (inputs, steps))
         edges = [len(order) * part // count for part in range(count + 1)]
         for part in map(slice, edges, edges[1:]):

@@ -36,6 +36,7 @@ from agents.actor_critic import CORES, ActorCritic, ActorCriticPolicy, CoreKind,
 from agents.blocks import Block, Minibatch, cut, minibatches
 from agents.common import ActionHead
 from agents.config import AgentConfig, BlockTrainConfig, EnvConfig, check
+from agents.networks import flatten_parameters
 from rlfeed.nest import Nest, leaves, map_nest
 from rlfeed.returns import continuing, gae, standardize, successors, vtrace
 from rlfeed.rollout.actions import MASK
@@ -165,7 +166,10 @@ def ppo_rnn() -> BlockTrainConfig:
         A whole run: environments, agent and budget.
     """
     return BlockTrainConfig(
-        env=EnvConfig(num_envs=8), total_steps=100_000, block_length=128, agent=PPOConfig(core="lstm")
+        env=EnvConfig(num_envs=8),
+        total_steps=100_000,
+        block_length=128,
+        agent=PPOConfig(core="lstm", minibatches=4),
     )
 
 
@@ -217,7 +221,8 @@ class PPO(BlockAgent):
             normalize=config.normalize_observation,
             generator=torch.Generator().manual_seed(seed),
         ).to(device)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.lr, eps=1e-5, fused=True)
+        weights, self._gradient = flatten_parameters(self.network)
+        self.optimizer = torch.optim.Adam([weights], lr=config.lr, eps=1e-5, fused=True)
         self.lr = Linear(config.lr, config.lr_end, total_steps)
         self.clip = Linear(config.clip, config.clip_end, total_steps)
         self.order = torch.Generator().manual_seed(seed)  # of minibatches, on the CPU: the same on every device
@@ -263,7 +268,7 @@ class PPO(BlockAgent):
         rows = len(next(leaf for _, leaf in leaves(observation)))
         first, nothing = torch.ones(rows, dtype=torch.bool, device=self.device), torch.zeros(rows, device=self.device)
         action = torch.from_numpy(zeros(from_space(self.network.action_space), rows)).to(self.device)
-        inputs = Inputs(observation, first, action, nothing)
+        inputs = Inputs(self.network.normalized(observation), first, action, nothing)
         return self.network.values(self.network.step(inputs, self.network.initial_carry(rows))[0])
 
     def learn(self, batch: Batch, *, env_steps: int) -> Learned:
@@ -279,7 +284,7 @@ class PPO(BlockAgent):
         config, network = self.config, self.network
         self.optimizer.param_groups[0]["lr"] = self.lr(env_steps)
         clip = torch.tensor(self.clip(env_steps), device=self.device)  # a number would be compiled anew each time
-        block = cut(batch, sequences=network.core is not None)
+        block = cut(batch, network.normalized, sequences=network.core is not None)
         estimates = self.estimate(block)
         told = self._count(block, estimates)
         rows, tags = [], ()
@@ -288,13 +293,15 @@ class PPO(BlockAgent):
                 loss, scalars = self._judge(minibatch, clip)
             if config.target_kl and scalars["train/approx_kl"] > 1.5 * config.target_kl:
                 break
-            self.optimizer.zero_grad()
+            self._gradient.zero_()
             loss.backward()
-            scalars["train/grad_norm"] = nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm)
+            norm = torch.linalg.vector_norm(self._gradient)
+            self._gradient.mul_((config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
             self.optimizer.step()
+            scalars["train/grad_norm"] = norm
             rows.append(torch.stack(list(scalars.values())))
             tags = tuple(scalars)
-        network.count(map_nest(lambda leaf: leaf[:, :-1][block.mask], block.inputs.observation))
+        network.count(map_nest(lambda leaf: leaf[:, :-1][block.mask], block.batch.observation))
         self.updates.value += len(rows)
         if rows:
             told |= dict(zip(tags, torch.stack(rows).mean(dim=0), strict=True))
@@ -332,7 +339,7 @@ class PPO(BlockAgent):
         finals = places = None
         if batch.final_index is not None and len(batch.final_index):  # sequences have theirs behind their last steps
             places = batch.final_index
-            finals = network.values(network.step(Inputs(batch.final_observation), ())[0])
+            finals = network.values(network.step(Inputs(network.normalized(batch.final_observation)), ())[0])
         following = successors(value, finals, places)
         value, discount, continues = value[:, :-1], config.gamma * ~batch.terminated, continuing(batch)
         if config.estimator == "gae":

@@ -30,14 +30,14 @@ class Silent:
 
 def play(directory, *, core, until=TOTAL, resume=False):
     """Train in ``directory`` until an env step; give the loop and how its environments came back."""
-    envs, cpu = make_envs("CartPole-v1", 2), torch.device("cpu")
+    envs, cpu = make_envs("CartPole-v1", 2, mode="serial"), torch.device("cpu")
     config = PPOConfig(widths=(8,), core=core, core_width=8, epochs=2, minibatches=2)
     agent = config.build(envs.observation_space, envs.action_space, total_steps=TOTAL, seed=3, device=cpu, num_envs=2)
     checkpoints = Checkpoints(directory)
     checkpoint = checkpoints.latest() if resume else None
     loop = BlockLoop(
         CONFIG, agent, Rollout(envs, agent.policy, seed=3), device=cpu,
-        evaluate=lambda policy: evaluate(make_envs("CartPole-v1"), policy, episodes=2, seed=5),
+        evaluate=lambda policy: evaluate(make_envs("CartPole-v1", mode="serial"), policy, episodes=2, seed=5),
         checkpoints=checkpoints, logger=Silent(), stop=lambda: loop.env_steps >= until < TOTAL,
     )  # fmt: skip
     how = loop.restore(checkpoint) if checkpoint else None

@@ -39,14 +39,14 @@ def make(envs, layers=1, core="lstm", **config):
 
 def blocks_of(lengths, ends=ENDS, steps=7, num_envs=3, **config):
     """Play two blocks in episodes of known lengths; the second one begins inside episodes."""
-    envs = make_envs(lambda: IdentifiableEnv(lengths=lengths, ends=ends), num_envs)
+    envs = make_envs(lambda: IdentifiableEnv(lengths=lengths, ends=ends), num_envs, mode="serial")
     agent = make(envs, **config)
     blocks = Rollout(envs, agent.policy, seed=0).blocks(steps)
     return agent, [next(blocks), next(blocks)]
 
 
 def first_loss(agent, batch, count=1):
-    block = cut(batch, sequences=True)
+    block = cut(batch, agent.network.normalized, sequences=True)
     minibatch = next(minibatches(block, agent.estimate(block), count, agent.order))
     return agent.loss(minibatch, torch.tensor(1e-5))[1]
 
@@ -67,7 +67,7 @@ def test_first_minibatch_with_random_boundaries_has_a_ratio_of_one(lengths, laye
 
 
 def test_first_minibatch_after_learning_has_a_ratio_of_one_again():
-    envs = make_envs("CartPole-v1", 4)
+    envs = make_envs("CartPole-v1", 4, mode="serial")
     agent = make(envs, epochs=2)
     blocks = Rollout(envs, agent.policy, seed=0).blocks(24)
     for _ in range(3):
@@ -86,7 +86,7 @@ def test_ratio_without_the_carry_of_before_the_block_is_not_one():
 
 def test_ratio_without_the_previous_action_is_not_one():
     agent, batches = blocks_of((9,))
-    block = cut(batches[0], sequences=True)
+    block = cut(batches[0], agent.network.normalized, sequences=True)
     blind = block._replace(inputs=block.inputs._replace(prev_action=torch.zeros_like(block.inputs.prev_action)))
     minibatch = next(minibatches(blind, agent.estimate(block), 1, agent.order))
     assert agent.loss(minibatch, torch.tensor(1e-5))[1]["train/clip_fraction"].item() > 0
@@ -115,12 +115,12 @@ def padded(block, extra):
 def test_loss_and_gradients_do_not_depend_on_padding():
     """(a), B33, B35: padded to twice the length, loss and gradients are the same."""
     agent, batches = blocks_of((3, 1, 5))
-    block = cut(batches[1], sequences=True)
+    block = cut(batches[1], agent.network.normalized, sequences=True)
     found = []
     for one in (block, padded(block, 7)):
         agent.order.manual_seed(5)
         estimates = agent.estimate(one)
-        agent.optimizer.zero_grad()
+        agent.network.zero_grad(set_to_none=False)
         loss, _ = agent.loss(next(minibatches(one, estimates, 1, agent.order)), torch.tensor(0.2))
         loss.backward()
         gradients = torch.cat([p.grad.flatten() for p in agent.network.parameters()])
@@ -132,10 +132,10 @@ def test_loss_and_gradients_do_not_depend_on_padding():
 def test_estimates_of_a_block_are_those_of_its_episodes_alone():
     """(b), B32: what lies beside an episode in a block does not reach it."""
     agent, batches = blocks_of((7,), steps=14, num_envs=1)
-    whole = agent.estimate(cut(batches[0], sequences=True))
+    whole = agent.estimate(cut(batches[0], agent.network.normalized, sequences=True))
     for row in range(2):
         part = slice(7 * row, 7 * row + 7)
-        block = cut(batches[0], sequences=True)
+        block = cut(batches[0], agent.network.normalized, sequences=True)
         alone = Block(
             block.batch.map(lambda leaf, row=row: leaf[row : row + 1]),
             map_nest(lambda leaf, row=row: leaf[row : row + 1], block.inputs),
@@ -149,7 +149,7 @@ def test_estimates_of_a_block_are_those_of_its_episodes_alone():
 def test_one_environment_or_several_give_the_same_estimates():
     """(h): environments of a block do not mix."""
     agent, batches = blocks_of((4, 2), num_envs=3)
-    block = cut(batches[0], sequences=True)
+    block = cut(batches[0], agent.network.normalized, sequences=True)
     together = (block.batch.reward[block.mask], agent.estimate(block)["value"][block.mask])
     apart = []
     for env in range(3):
@@ -159,7 +159,7 @@ def test_one_environment_or_several_give_the_same_estimates():
         index[:, 0] = 0
         object.__setattr__(one, "final_index", index)
         object.__setattr__(one, "final_observation", batches[0].final_observation[keep])
-        alone = cut(one, sequences=True)
+        alone = cut(one, agent.network.normalized, sequences=True)
         apart.append((alone.batch.reward[alone.mask], agent.estimate(alone)["value"][alone.mask]))
     rewards, values = (torch.cat(part) for part in zip(*apart, strict=True))
     assert torch.equal(rewards, together[0])
@@ -168,7 +168,7 @@ def test_one_environment_or_several_give_the_same_estimates():
 
 def test_minibatches_are_of_whole_sequences_and_about_as_large():
     agent, batches = blocks_of((2, 3), steps=20, num_envs=5)
-    block = cut(batches[0], sequences=True)
+    block = cut(batches[0], agent.network.normalized, sequences=True)
     parts = list(minibatches(block, {}, 4, agent.order))
     counts = [int(part.mask.sum()) for part in parts]
     assert sum(counts) == 100
@@ -182,7 +182,7 @@ def test_minibatches_are_of_whole_sequences_and_about_as_large():
 
 def test_policy_reads_the_previous_action_of_spaces_that_do_not_begin_at_zero():
     """P12 needs it; zeros, as an episode begins, are no action of such a space."""
-    envs = make_envs(lambda: IdentifiableEnv(), 1)
+    envs = make_envs(lambda: IdentifiableEnv(), 1, mode="serial")
     envs.action_space = spaces.Discrete(5, start=3)
     agent = make(envs)
     observation, rows = np.zeros((2, 4), np.float32), 2
@@ -201,7 +201,7 @@ def test_policy_reads_the_previous_action_of_spaces_that_do_not_begin_at_zero():
 
 def test_values_of_first_observations_are_those_of_the_rollout():
     agent, batches = blocks_of((4,))
-    block = cut(batches[0], sequences=True)
+    block = cut(batches[0], agent.network.normalized, sequences=True)
     first = block.batch.is_first[:, 0]
     values = agent.estimate(block)["value"][first, 0]
     assert torch.allclose(agent.values(block.batch.observation[first, 0]), values, atol=1e-4)
