@@ -13,11 +13,18 @@ from rlfeed.testing.probes import PROBES, LeakEnv
 from rlfeed.types import PolicyOutput
 
 
-@pytest.mark.parametrize(("preset", "probe"), [("dqn", "P5"), ("pqn", "P6")])
+@pytest.mark.parametrize(("preset", "probe"), [("dqn", "P5"), ("ppo", "P6"), ("pqn", "P6")])
 def test_agent_on_a_probe_estimates_the_known_values(preset, probe):
+    """P5, P6, B20."""
     agent, mean_return = train_on(preset, probe, total_steps=800)
     assert value_errors(agent, probe).max() < PROBES[probe].tolerance
     assert mean_return == PROBES[probe].best_return
+
+
+def test_agent_of_continuous_actions_finds_the_best_one():
+    """P15, B38."""
+    _, mean_return = train_on("sac", "P15", total_steps=1_000)
+    assert mean_return > PROBES["P15"].passes_at
 
 
 def test_agent_with_memory_recalls_the_cue():

@@ -1,13 +1,15 @@
 """Every preset on every probe that it can play."""
 
+import math
 from functools import partial
 
 import pytest
+import torch
 from support.probing import SMALL, train_on, value_errors, wobbling_return
 
 import agents.training
 from rlfeed.envs import make_envs
-from rlfeed.testing.probes import PROBES
+from rlfeed.testing.probes import PROBES, TemperatureEnv
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +28,7 @@ def pairs(numbers, presets=tuple(SMALL)):
 
 @pytest.mark.parametrize(("preset", "number"), pairs(VALUED))
 def test_preset_on_a_value_probe_estimates_the_known_values(preset, number):
-    """P1 to P7, P13 to P15, P19, B20, B38.
+    """P1, P2, P3, P4, P5, P6, P7, P13, P14, P15, P19, B20, B38.
 
     An agent with a memory is asked for first observations of episodes alone.
     """
@@ -82,3 +84,27 @@ def test_preset_with_memory_walks_to_the_good_end(preset):
     """P17, B35."""
     _, mean_return = train_on(preset, "P17", total_steps=33_000, agent=LONG_WAY.get(preset))
     assert mean_return > PROBES["P17"].passes_at
+
+
+@pytest.mark.parametrize(("target_entropy", "sigma"), [(-1.0, 0.0890), (-0.5, 0.1468)])
+def test_sac_temperature_comes_to_that_of_its_target_entropy(target_entropy, sigma):
+    """P16, B38: the sign, the target and the log-probability, against the soft optimum."""
+    agent, _ = train_on("sac", "P16", total_steps=8_000, agent={"learn_alpha": True, "target_entropy": target_entropy})
+    alpha = agent.log_alpha.exp().item()
+    assert alpha == pytest.approx(TemperatureEnv.temperature(target_entropy), rel=0.3)
+    assert math.sqrt(alpha / 2) == pytest.approx(sigma, rel=0.2)
+
+
+def test_sac_temperature_falls_where_entropy_costs_nothing():
+    """P16: the entropy comes to that of the uniform distribution, log 2, which is above its target."""
+    agent, _ = train_on("sac", "P16", total_steps=2_000, kwargs={"flat": True}, agent={"learn_alpha": True})
+    assert agent.log_alpha.exp().item() < 0.01
+
+
+def test_rainbow_distribution_of_a_lottery_has_its_two_returns():
+    """P19: a mass of 0.7 on 0 and of 0.3 on 1."""
+    agent, _ = train_on("rainbow", "P19", total_steps=4_000)
+    mass = agent.network(torch.zeros(1, 1)).softmax(dim=-1).flatten().detach()
+    atoms = torch.linspace(-2.0, 2.0, 21)
+    assert mass[(atoms - 0.0).abs().argmin()].item() == pytest.approx(0.7, abs=0.1)
+    assert mass[(atoms - 1.0).abs().argmin()].item() == pytest.approx(0.3, abs=0.1)

@@ -45,10 +45,19 @@ class Small:
 _DQN = {"n_step": 3, "target_every": 10, "epsilon_end": 0.2, **NETWORK}
 # 50 is far to go for a network that begins at 0.
 _ENDLESS_DQN = {"lr": 0.3, "n_step": 5, "target_every": 5, "widths": ()}
+_PPO = {"epochs": 4, "minibatches": 2, **NETWORK}
 _PQN = {"epochs": 4, "minibatches": 2, "epsilon_end": 0.2, **NETWORK}
 _PQN_RNN = {**_PQN, "core_width": 16}
 _R2D2 = {"lr": 1e-2, "widths": (16,), "memory_width": 16, "length": 4, "burn_in": 2, "n_step": 2, "target_every": 20}
+_SAC = {
+    "lr": 1e-2, "lr_end": 1e-4, "actor_widths": (32,), "critic_widths": (32,), "learn_alpha": False, "alpha": 1e-3,
+    "tau": 0.1,
+}  # fmt: skip
 SMALL = {
+    "ppo": Small(_PPO, BLOCKS, 4, 3000, ("discrete", "continuous"), probes={"P7": {"lr": 0.1}}),
+    "ppo_rnn": Small(
+        {**_PPO, "core_width": 16}, BLOCKS, 4, 4000, ("discrete", "continuous"), {"core": "none"}, {"P7": {"lr": 0.1}}
+    ),
     "pqn": Small(_PQN, BLOCKS, 4, 4000, probes={"P7": {"lr": 0.1}}),
     "pqn_rnn": Small(_PQN_RNN, BLOCKS, 4, 4000, control={"core": "none"}, probes={"P7": {"lr": 0.1}}),
     "dqn": Small(_DQN, REPLAY, 1, 800, probes={"P7": _ENDLESS_DQN}),
@@ -59,6 +68,7 @@ SMALL = {
         1500,
         probes={"P7": {**_ENDLESS_DQN, "v_min": 0.0, "v_max": 60.0, "lr": 0.03}},
     ),
+    "sac": Small(_SAC, REPLAY, 1, 1500, ("continuous",), probes={"P7": {"lr": 0.1}, "P15": {"alpha": 0.1}}),
     "r2d2": Small(_R2D2, REPLAY, 4, 1200, control={"memory": "none"}),
 }
 

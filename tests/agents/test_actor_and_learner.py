@@ -1,0 +1,51 @@
+"""What the learner computes of stored steps is what the actor computed, and its clocks do not count environments."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support.probing import config_for
+
+from agents.dqn import DQN
+from agents.training import build_parts, new_buffer, new_source, train
+from rlfeed.testing.probes import ArmEnv, CorridorEnv
+
+
+@pytest.mark.parametrize("memory", ["lstm", "gru"])
+@pytest.mark.parametrize("burn_in", [0, 3])
+def test_burn_in_from_the_stored_carry_gives_the_values_by_which_the_actor_chose(memory, burn_in):
+    """(e), B26, B27, B28: with the weights that acted, in the middle of episodes and at their beginning."""
+    settings = {"memory": memory, "length": 5, "burn_in": burn_in, "epsilon_fraction": 0.01}
+    config = config_for("r2d2", "P17", settings, learning_starts=0)
+    parts = build_parts(config, CorridorEnv)
+    buffer = new_buffer(config, parts, "private")
+    new_source(config, parts, buffer).collect(buffer, steps=400)
+    batch = buffer.sample(64, parts.agent.unit)
+    begins = batch.is_first[:, 0]
+    assert begins.any()
+    assert not begins.all()
+    drift = parts.agent.learn(batch, env_steps=0).scalars["train/q_drift"]
+    assert drift.item() < 1e-5
+    for leaf in batch.carry.values() if isinstance(batch.carry, dict) else batch.carry:
+        leaf.zero_()  # as if every sequence began an episode
+    assert burn_in or parts.agent.learn(batch, env_steps=0).scalars["train/q_drift"].item() > 1e-3
+
+
+@pytest.mark.parametrize("num_envs", [1, 4])
+def test_target_network_is_copied_after_so_many_updates_with_any_number_of_environments(num_envs, monkeypatch):
+    """B50: updates are due by env steps, copies by updates; neither by turns of all environments together."""
+    copies, learn = [], DQN.learn
+
+    def watched(agent, batch, *, env_steps):
+        told = learn(agent, batch, env_steps=env_steps)
+        same = [torch.equal(a, b) for a, b in zip(agent.target.parameters(), agent.network.parameters(), strict=True)]
+        if all(same):
+            copies.append(agent.updates.value)
+        return told
+
+    monkeypatch.setattr(DQN, "learn", watched)
+    rounds = {"total_steps": 240, "learning_starts": 24, "batch_size": 16, "train_every": 8, "updates_per_round": 2}
+    config = config_for("dqn", "P4", {"target_every": 10}, **rounds)
+    agent, _ = train(replace(config, env=replace(config.env, num_envs=num_envs)), env=ArmEnv)
+    assert agent.updates.value == 2 * (1 + (240 - 24) // 8)
+    assert copies == [10, 20, 30, 40, 50]
