@@ -225,8 +225,9 @@ def recalled(delay, **changes):
     return train(config, env=partial(RecallEnv, delay))[1].mean
 
 
+@pytest.mark.slow  # test_probes.py has a lighter one
 def test_r2d2_learns_to_recall_what_it_saw_three_steps_ago():
-    """P10, light."""
+    """P10."""
     assert recalled(3) >= 0.9
 
 
