@@ -272,8 +272,9 @@ def test_head_mask_holds_for_each_component():
 
     assert drawn.mode.tolist() == [[1, 0]]
     assert drawn.entropy().tolist() == [0.0]
-    with pytest.raises(PolicyError, match=r"row \(0, 0\)"):
-        head(torch.zeros(1, 5), mask=torch.tensor([[False, False, True, False, False]])).sample(torch_generator())
+    drawn = ActionHead(spaces.MultiDiscrete([3, 2]))(torch.zeros(1, 5), mask=torch.arange(5)[None] == 0)
+    with pytest.raises(PolicyError, match=r"row \(0, 1\)"):  # the component that is filled up
+        drawn.sample(torch_generator())
 
 
 def test_head_components_of_fewer_actions_leave_no_nan():
