@@ -170,7 +170,7 @@ class Greedy:
     def __call__(self, observation: Nest, carry: Nest, context: PolicyContext) -> PolicyOutput:
         """Choose for every row, among the allowed actions where a mask says so, and keep the mask; see `Policy`."""
         before: Any = context.prev_action
-        previous = np.where(context.is_first, 0, before - self.first_action + 1)
+        previous = np.where(context.is_first, 0, before.astype(np.int64) - self.first_action + 1)
         seen = map_nest(lambda leaf: torch.from_numpy(leaf).to(self.device), observation)
         values, carry = self.network.step(seen, torch.from_numpy(previous).to(self.device), carry)
         mask, extras = context.action_mask, {}

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,9 @@ from gymnasium import spaces
 
 from agents.config import EnvConfig
 from agents.pqn import PQNConfig, pqn, rectification
+from rlfeed.envs import make_envs
 from rlfeed.errors import CheckpointError, ConfigError, SpaceError
+from rlfeed.rollout import Rollout
 from rlfeed.types import Batch, PolicyContext
 
 CPU, GAMMA, LAM = torch.device("cpu"), 0.9, 0.65
@@ -260,6 +263,42 @@ def test_state_dict_loaded_into_another_agent_learns_on_bit_equal(core):
     mine, theirs = one.network.state_dict(), other.network.state_dict()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert one.updates.value == other.updates.value == 16
+
+
+@pytest.mark.parametrize("core", ["none", "gru"])
+def test_learn_in_bfloat16_is_near_the_same_loss(core):
+    losses = []
+    for bfloat16 in (False, True):
+        agent = make(linear=False, core=core, core_width=8, epochs=1, minibatches=1, bfloat16=bfloat16)
+        rows = Batch(**{**vars_of(random_block()), "carry": agent.policy.initial_carry(4)})
+        losses.append(agent.learn(rows, env_steps=0).scalars["train/loss"].item())
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [spaces.Discrete(5), spaces.Dict({"a": spaces.Box(-1, 1, (2,)), "b": spaces.Box(0, 255, (8, 8, 1), "uint8")})],
+)
+@pytest.mark.parametrize("core", ["none", "gru"])
+def test_pqn_plays_and_learns_from_nested_observations_and_images(space, core):
+    config = PQNConfig(widths=(8,), core=core, core_width=8, epochs=1, minibatches=2)
+    agent = config.build(space, spaces.Discrete(3), total_steps=100, seed=0, device=CPU)
+
+    class Play(gymnasium.Env):
+        observation_space, action_space = space, spaces.Discrete(3)
+
+        def reset(self, *, seed=None, options=None):
+            self.left = 3
+            return space.sample(), {}
+
+        def step(self, action):
+            self.left -= 1
+            return space.sample(), 1.0, self.left == 0, False, {}
+
+    space.seed(0)
+    block = next(Rollout(make_envs(Play, 2, mode="serial"), agent.policy).blocks(5))
+    assert torch.isfinite(agent.learn(block, env_steps=0).scalars["train/loss"])
 
 
 def vars_of(rows):
