@@ -18,7 +18,9 @@ class Noise(gymnasium.Env):
     """Show noise for 1 to 6 steps; the rewards are noise; half of the episodes terminate, half are truncated."""
 
     observation_space = spaces.Box(-9, 9, (3,), np.float32)
-    action_space = spaces.Discrete(3, start=4)
+
+    def __init__(self, start=4):
+        self.action_space = spaces.Discrete(3, start=start)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -55,15 +57,16 @@ class Telling:
         return PolicyOutput(out.action, out.carry, {"values": self.told.numpy()})
 
 
-def make(core="lstm", layers=2, **settings):
+def make(core="lstm", layers=2, start=4, **settings):
     return PQNConfig(core=core, core_width=8, core_layers=layers, widths=(8,), epsilon_end=0.3, **settings).build(
-        Noise.observation_space, Noise.action_space, total_steps=1000, seed=0, device=torch.device("cpu")
+        Noise.observation_space, spaces.Discrete(3, start=start), total_steps=1000, seed=0, device=torch.device("cpu")
     )
 
 
 def second_block(agent, num_envs=4, length=9):
     """Give a block that begins in the middle of episodes."""
-    blocks = Rollout(make_envs(Noise, num_envs, mode="serial"), Telling(agent), seed=3).blocks(length)
+    envs = make_envs(Noise, num_envs, kwargs={"start": agent.first_action}, mode="serial")
+    blocks = Rollout(envs, Telling(agent), seed=3).blocks(length)
     next(blocks)
     return next(blocks)
 
@@ -79,14 +82,13 @@ def padded(batch, columns=5):
     return dataclasses.replace(batch, **wide, loss_mask=None, discount=None, extras={})
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("core", ["lstm", "gru"])
-def test_learner_unroll_equals_the_actors_steps(core, layers):
+@pytest.mark.parametrize(("core", "layers", "start"), [("lstm", 1, 4), ("lstm", 2, 0), ("gru", 1, 0), ("gru", 2, 4)])
+def test_learner_unroll_equals_the_actors_steps(core, layers, start):
     """B26, B27, B31, B34, B36, B49: carry, previous action and resets are the actor's, in blocks with ends anywhere.
 
     (d)
     """
-    agent = make(core, layers)
+    agent = make(core, layers, start)
     block = second_block(agent)
     assert not block.is_first[:, 0].all()
     assert block.is_first[:, 1:].any()
