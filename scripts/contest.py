@@ -23,6 +23,7 @@ PACKAGES = (
     "gymnasium",
     "cpprb",
     "tianshou",
+    "sb3-contrib",
     "stable-baselines3",
     "torchrl",
     "tensordict",

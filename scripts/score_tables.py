@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from contest import ratio
 from score_rows import Row
 
 from rlfeed.durable import make_directory, write_bytes
@@ -20,6 +21,7 @@ from rlfeed.train.aggregate import improvement, interquartile_mean, iqm
 
 DOCUMENT = "agents.md"
 RAW = "scores"  # the folder of results beside the document
+SPEED = "speed.json"  # in it: the rounds of scripts/benchmark.py
 INTRODUCTION = """# Scores of the agents
 
 Written by `scripts/scores.py` from the files in [scores/](scores): a line of JSON for each seed, with its settings,
@@ -39,7 +41,8 @@ rewards as the environment gives them, statistics of observations frozen, action
 the row's floor. A row's score is the interquartile mean of its seeds, with the interval of 95 % of 10,000 stratified
 bootstrap resamples ([aggregate.py](../../rlfeed/train/aggregate.py)); with 3 seeds that mean is the plain one.
 
-**Time** is that of training alone, the median of the seeds, on a machine that did other work beside it.
+**Time** is that of training alone, the median of the seeds: of the processor, and in brackets by the clock, on a
+machine that did other work beside it.
 """
 
 
@@ -111,13 +114,8 @@ def documents(directory: Path, rows: Sequence[Row]) -> dict[str, str]:
     """
     results = {row.name: [record for record in read(directory, row.name) if record["seed"] < row.seeds] for row in rows}
     every = [record for records in results.values() for record in records]
-    parts = [
-        INTRODUCTION,
-        _scores(rows, results),
-        _peers(rows, results),
-        _curves(rows, results),
-        _commands(rows, every),
-    ]
+    parts = [INTRODUCTION, _scores(rows, results), _peers(rows, results), _curves(rows, results)]
+    parts += [_speed(directory / RAW / SPEED), _commands(rows, every)]
     heads = ("row", "seed", "score", "score_exploring", "training_return", "updates", "train_s", "train_cpu_s")
     heads += ("commit", "date", "machine", "crash")
     points = [
@@ -156,9 +154,9 @@ def _result(row: Row, records: list[dict[str, Any]]) -> list[str]:
     exploring = [record["score_exploring"] for record in records if record.get("score_exploring") is not None]
     if exploring:
         seeds += f"; exploring {_short(iqm(exploring).value)}"
-    train_s = statistics.median(record["train_s"] for record in records)
+    cpu_s, train_s = (statistics.median(record[key] for record in records) for key in ("train_cpu_s", "train_s"))
     updates = {record.get("updates", 0) for record in records if not record["crash"]}
-    spent = f"{train_s / 60:.1f} min, {max(updates, default=0):,}"
+    spent = f"{cpu_s / 60:.1f} ({train_s / 60:.1f}) min, {max(updates, default=0):,}"
     return [score, seeds, spent, ", ".join(dict.fromkeys(record["commit"] for record in records))]
 
 
@@ -200,6 +198,32 @@ def _curves(rows: Sequence[Row], results: dict[str, list[dict[str, Any]]]) -> st
             parts.append(f"| {there[0]['env_steps']:,} | {' | '.join(shown)} |")
         parts.append("")
     return "\n".join(["## Curves of what was not reached", "", *parts]) if parts else ""
+
+
+def _speed(path: Path) -> str:
+    """Show how long training takes beside stable-baselines3."""
+    head = ["## Wall clock beside stable-baselines3", ""]
+    head += ["Whole training runs with the same settings and the same number of updates, in alternating rounds:", ""]
+    head += ["```bash", 'make benchmark ARGS="agents --rounds 3 --json docs/benchmarks/scores/speed.json"', "```", ""]
+    if not path.exists():
+        return "\n".join([*head, "Not run.", ""])
+    record = json.loads(path.read_text())
+    head += ["| trained | rlfeed, us an env step | theirs | times as fast, by the clock | of the processor |"]
+    lines = [*head, "|---|---:|---:|---:|---:|"]
+    for table in record["tables"]:
+        ours, theirs = (
+            {kind: table[kind].get(name) for kind in ("us", "cpu_us")} for name in ("rlfeed", "stable-baselines3")
+        )
+        work = table["title"].partition(";")[0].removeprefix("train ")
+        if not ours["us"] or not theirs["us"]:
+            lines.append(f"| {work} | not run | | | |")
+            continue
+        medians = [f"{statistics.median(side['us']):,.0f}" for side in (ours, theirs)]
+        faster = [f"{ratio(theirs[kind], ours[kind]):.2f}" for kind in ("us", "cpu_us")]
+        lines.append(f"| {work} | {' | '.join(medians + faster)} |")
+    rounds = len(next(iter(record["tables"][0]["us"].values())))
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version[0].isdigit())
+    return "\n".join([*lines, "", f"Medians of {rounds} rounds; {versions}.", ""])
 
 
 def _commands(rows: Sequence[Row], every: list[dict[str, Any]]) -> str:

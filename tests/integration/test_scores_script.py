@@ -23,7 +23,7 @@ TINY = score_rows.Row(
     floor=-1.0,
     seeds=3,
     episodes=2,
-    flags=("--env.kwargs.length", "5", "--learning-starts", "20", "--batch-size", "8"),
+    flags=("--env.num-envs", "2", "--env.kwargs.length", "5", "--learning-starts", "20", "--batch-size", "8"),
     explore=True,
 )
 
@@ -230,7 +230,7 @@ def test_documents_show_what_was_reached_and_the_curves_of_what_was_not(tmp_path
     assert "### the other, `dqn`" in curves
     assert "one action" not in curves
     assert "| 100 | 2.00 | 2.00 | 2.00 | 2.00 |\n| 200 | 10.0 | 10.0 | 9.00 | 11.0 |" in curves
-    assert f"python scripts/train.py dqn --env.id {TINY.env_id} --env.kwargs.length 5" in text
+    assert f"python scripts/train.py dqn --env.id {TINY.env_id} --env.num-envs 2 --env.kwargs" in text
     assert written["scores/seeds.csv"].splitlines()[1].startswith("tiny-dqn,0,10.0,5.0,")
     assert "tiny-dqn,2,100,2.0,1.0" in written["scores/curves.csv"].splitlines()
 
@@ -247,6 +247,25 @@ def test_documents_compare_ours_with_a_peer_on_the_same_task(tmp_path, record):
     compared = text.partition("## Beside stable-baselines3")[2].partition("## Curves")[0]
     assert "| one action | `dqn` | `sb3-dqn` | 200 | 0.88 [0.50, 1.00] |" in compared
     assert "sb3-ppo" not in compared
+
+
+def test_documents_show_how_much_faster_training_is(tmp_path):
+    """Round by round: a machine that is twice as slow in one round tells the same."""
+    (tmp_path / "scores").mkdir()
+    title = "train ppo, 8 x CartPole-v1, 5,120 env steps and 400 updates; wall clock, an env step"
+    us = {"rlfeed": [100.0, 200.0, 100.0], "stable-baselines3": [150.0, 300.0, 150.0]}
+    cpu_us = {"rlfeed": [50.0] * 3, "stable-baselines3": [60.0] * 3}
+    alone = {"title": "train sac; wall clock", "us": {"rlfeed": [1.0] * 3}, "cpu_us": {"rlfeed": [1.0] * 3}}
+    versions = {"torch": "2.13.0", "mujoco": "not installed"}
+    record = {"versions": versions, "tables": [{"title": title, "us": us, "cpu_us": cpu_us}, alone]}
+    assert "\nNot run.\n" in score_tables.documents(tmp_path, [])["agents.md"]
+    (tmp_path / "scores" / "speed.json").write_text(json.dumps(record))
+
+    text = score_tables.documents(tmp_path, [])["agents.md"]
+
+    assert "| ppo, 8 x CartPole-v1, 5,120 env steps and 400 updates | 100 | 150 | 1.50 | 1.20 |" in text
+    assert "| sac | not run | | | |" in text
+    assert "Medians of 3 rounds; torch 2.13.0.\n" in text
 
 
 def test_rows_have_names_of_their_own_and_presets_and_goals_that_can_be_missed():
