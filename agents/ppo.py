@@ -9,17 +9,15 @@ What it computes for a block of steps, A from generalised advantage estimation a
 V-trace, which corrects for pi_old / mu, and pi_old is the learner's policy when a block reaches it.
 
 Sources: Schulman et al. 2017 (Proximal policy optimization algorithms, equations 7 and 9), Schulman et al. 2016
-(generalised advantage estimation, equation 16), Espeholt et al. 2018 (IMPALA, equation 1 and section 4.2), Huang et
-al. 2022 (The 37 implementation details of PPO), Andrychowicz et al. 2021 (What matters for on-policy deep actor-critic
-methods).
+(generalised advantage estimation, equation 16), Espeholt et al. 2018 (IMPALA, equation 1 and section 4.2),
+Andrychowicz et al. 2021 (What matters for on-policy deep actor-critic methods).
 
 Departs from Schulman et al. 2017: advantages are estimated anew before each pass over a block, with the values learnt
 meanwhile (Andrychowicz et al., section 3.6); truncated episodes bootstrap from their true final observation; inputs
 and value targets are normalised inside the network (`ActorCritic`); Adam's learning rate falls to `lr_end`.
 
-`ppo_rnn` remembers: an LSTM or GRU reads observation, previous action and previous reward. The block is cut at the
-ends of episodes, each minibatch is made of whole pieces, padded, and each piece begins with the carry that it had when
-its steps were taken. What is padding never reaches the loss: the steps are picked out behind the core.
+`ppo_rnn` remembers: an LSTM or GRU reads observation, previous action and previous reward. Its minibatches are made of
+whole sequences, none of which holds steps of two episodes (`agents/blocks.py`).
 """
 
 import math
@@ -229,19 +227,18 @@ class PPO(BlockAgent):
         self.updates = Counter()
         self._judge = torch.compile(self.loss) if config.compile else self.loss
         self.policy = ActorCriticPolicy(self.network, device)
-        self.columns = {"log_prob": spaces.Box(-math.inf, math.inf, ())}
+        columns: dict[str, Any] = {"log_prob": spaces.Box(-math.inf, math.inf, ())}
         if self.network.core is not None:
-            self.columns["carry"] = self.network.core.carry_space
+            columns["carry"] = self.network.core.carry_space
         if isinstance(observation_space, spaces.Dict) and MASK in observation_space.spaces:
-            self.columns[MASK] = spaces.MultiBinary(observation_space[MASK].shape)
+            columns[MASK] = spaces.MultiBinary(observation_space[MASK].shape or 1)
+        self.columns = columns
         if isinstance(action_space, spaces.Box):
             self.actions = "rescale" if action_space.is_bounded() else "clip"
 
     def parts(self) -> Mapping[str, Any]:
         """Name everything that learning changes; see `Agent.parts`."""
-        return {
-            "network": self.network, "optimizer": self.optimizer, "order": self.order, "updates": self.updates,
-        }  # fmt: skip
+        return {"network": self.network, "optimizer": self.optimizer, "order": self.order, "updates": self.updates}
 
     def actor(self, number: int, count: int) -> tuple[Policy, nn.Module]:
         """Give what an actor acts with; see `Agent.actor`."""
@@ -287,24 +284,23 @@ class PPO(BlockAgent):
         block = cut(batch, network.normalized, sequences=network.core is not None)
         estimates = self.estimate(block)
         told = self._count(block, estimates)
-        rows, tags = [], ()
+        rows, scalars = [], {}
         for minibatch in self._passes(block, estimates):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bfloat16):
-                loss, scalars = self._judge(minibatch, clip)
-            if config.target_kl and scalars["train/approx_kl"] > 1.5 * config.target_kl:
+                loss, found = self._judge(minibatch, clip)
+            if config.target_kl and found["train/approx_kl"] > 1.5 * config.target_kl:
                 break
+            scalars = found
             self._gradient.zero_()
             loss.backward()
-            norm = torch.linalg.vector_norm(self._gradient)
+            scalars["train/grad_norm"] = norm = torch.linalg.vector_norm(self._gradient)
             self._gradient.mul_((config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
             self.optimizer.step()
-            scalars["train/grad_norm"] = norm
             rows.append(torch.stack(list(scalars.values())))
-            tags = tuple(scalars)
         network.count(map_nest(lambda leaf: leaf[:, :-1][block.mask], block.batch.observation))
         self.updates.value += len(rows)
         if rows:
-            told |= dict(zip(tags, torch.stack(rows).mean(dim=0), strict=True))
+            told |= dict(zip(scalars, torch.stack(rows).mean(dim=0), strict=True))
         return Learned(told, updates=len(rows))
 
     def _passes(self, block: Block, estimates: dict[str, Tensor]) -> Iterator[Minibatch]:
@@ -380,7 +376,6 @@ class PPO(BlockAgent):
         ratio = log_ratio.exp()
         advantage = standardize(steps["advantage"], None) if config.normalize_advantage else steps["advantage"]
         policy_loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
-
         deviation = network.value_moments.deviation
         before, target = steps["value"], steps["target"]
         value = network.values(features)
@@ -390,7 +385,6 @@ class PPO(BlockAgent):
             near = before + (value - before).clamp(-reach, reach)
             value_loss = torch.maximum(value_loss, ((near - target) / deviation).square())
         value_loss = value_loss.mean()
-
         entropy_loss = -distribution.entropy().mean()
         loss = policy_loss + config.value_weight * value_loss + config.entropy_weight * entropy_loss
         with torch.no_grad():

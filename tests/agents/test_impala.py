@@ -41,7 +41,7 @@ def played(**config):
 def test_impala_with_the_policy_that_acted_has_the_targets_of_gae(core):
     """B21: with equal policies V-trace is lambda-returns, truncations and the end of the block included (B17, B19)."""
     agent, _, batch = played(core=core, lam=0.9)
-    block = cut(batch, sequences=core != "none")
+    block = cut(batch, agent.network.normalized, sequences=core != "none")
     found = agent.estimate(block)
     plain = make(make_envs(lambda: IdentifiableEnv(), 2), core=core, lam=0.9, estimator="gae").estimate(block)
     mask = block.mask
@@ -52,7 +52,7 @@ def test_impala_with_the_policy_that_acted_has_the_targets_of_gae(core):
 
 def test_impala_policy_that_has_moved_counts_likely_actions_up_to_the_clip_and_unlikely_ones_less():
     agent, _, batch = played(lam=1.0)
-    block = cut(batch, sequences=False)
+    block = cut(batch, agent.network.normalized, sequences=False)
     batch.extras["log_prob"] += torch.tensor([2.0]).log()  # the actor was twice as sure of what it did: rho is 1/2
     halved = agent.estimate(block)
     batch.extras["log_prob"] -= torch.tensor([16.0]).log()  # and now an eighth: rho is 8, and counts as 1
@@ -75,8 +75,8 @@ def test_impala_from_windows_over_closing_rows_learns_what_it_learns_from_blocks
     reader = InOrder(buffer, 16)  # 12 steps and the closing rows of the four episodes that end in them
     rollout.collect(buffer, steps=40)
     windows = reader.take(2)
-    expected = agent.estimate(cut(batch, sequences=False))
-    found = agent.estimate(cut(windows, sequences=False))
+    expected = agent.estimate(cut(batch, agent.network.normalized, sequences=False))
+    found = agent.estimate(cut(windows, agent.network.normalized, sequences=False))
     for row in range(2):
         kept = windows.mask[row]
         assert windows.observation[row, :-1][kept][:12].tolist() == batch.observation[row, :-1].tolist()
@@ -123,4 +123,3 @@ def test_impala_learns_cartpole_from_two_actors():
     agent, evaluation = train(dataclasses.replace(impala(), total_steps=150_000, eval_every=150_000, seed=101))
     assert agent.updates.value > 1000
     assert evaluation.mean > 400
-
