@@ -382,7 +382,7 @@ class Explorer:
         action = chooser.argmax(axis=1) + agent.network.first_action
         if context.mode == "explore":
             drawn = self._actions.draw(len(action), context.generator, mask)
-            epsilon = self.epsilon(context.env_steps)[context.env_ids]
+            epsilon = self.epsilon(context.env_steps)[context.env_ids % len(self._ladder)]
             action = np.where(context.generator.random(len(action)) < epsilon, drawn, action)
         return PolicyOutput(action, carry, {"values": values})
 

@@ -122,7 +122,8 @@ class EpsilonGreedy:
 
     Args:
         policy: What to explore around: a `Policy`, a module or a function.
-        schedule: Epsilon, 0 to 1, as a function of env steps: one for all environments, or an array ``[N]``.
+        schedule: Epsilon, 0 to 1, as a function of env steps: one for all environments, or an array ``[N]`` of theirs,
+            which begins anew where there are more of them.
         action_space: Of one environment; masks are respected.
     """
 
@@ -179,7 +180,7 @@ class EpsilonGreedy:
         rows = len(context.env_ids)
         epsilon = self.epsilon(context.env_steps)
         if isinstance(epsilon, ndarray):
-            epsilon = epsilon[context.env_ids]
+            epsilon = epsilon[context.env_ids % len(epsilon)]
         explore = context.generator.random(rows) < epsilon
         places = explore.nonzero()[0]
         if not len(places):

@@ -10,7 +10,10 @@ from gymnasium import spaces
 from agents import apex
 from agents.config import EnvConfig
 from agents.training import build_agent, train
+from rlfeed.envs import make_envs
 from rlfeed.replay import Prioritized
+from rlfeed.testing import ConstantRewardEnv
+from rlfeed.train.evaluate import evaluate
 from rlfeed.types import PolicyContext
 
 LADDER = [0.4, 0.16, 0.064, 0.0256, 0.01024, 0.004096, 0.0016384, 0.00065536]
@@ -42,6 +45,13 @@ def test_apex_environments_act_at_random_as_often_as_their_rung_says():
     other = np.mean([act("explore") != best for _ in range(1000)], axis=0)
     # Epsilon is 0.4 and 0.4^8, and one action in fifty is the best one.
     assert other == pytest.approx([0.4 * 0.98, 0.4**8 * 0.98], abs=0.06)
+
+
+def test_apex_evaluated_while_it_explores_on_more_environments_than_it_has_rungs_begins_the_ladder_anew():
+    config = dataclasses.replace(apex(), env=EnvConfig(num_envs=2))
+    agent = build_agent(config, ConstantRewardEnv().observation_space, spaces.Discrete(2), torch.device("cpu"), 2)
+    found = evaluate(make_envs(ConstantRewardEnv, 5), agent.policy, episodes=5, mode="explore")
+    assert found.lengths.tolist() == [10] * 5
 
 
 @pytest.mark.slow
