@@ -222,6 +222,7 @@ def test_networks_share_no_parameter(shape):
     parts = [list(network.parameters()) for network in (agent.policy_net, agent.critics, agent.target)]
     places = [parameter.data_ptr() for part in parts for parameter in part]
     assert len(set(places)) == len(places)
+    assert len(agent.critics.encoders) == (2 if len(shape) == 3 else 1)  # a vector's has nothing to learn
     observation = torch.ones(4, *shape).to(torch.uint8 if len(shape) == 3 else torch.float32)
     first, second = agent.critics(observation, torch.zeros(4, 2)).unbind()
     first.sum().backward()
