@@ -102,6 +102,7 @@ def _run_beside(wanted: list[tuple[Row, int]], jobs: int, out: Path) -> bool:
     running: dict[subprocess.Popen[bytes], tuple[Row, int]] = {}
     ended, waiting = True, list(wanted)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # none is left running
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -118,6 +119,7 @@ def _run_beside(wanted: list[tuple[Row, int]], jobs: int, out: Path) -> bool:
         for process in running:
             process.terminate()
             process.wait()
+        signal.signal(signal.SIGTERM, before)
     return ended
 
 

@@ -1,6 +1,7 @@
 """Scores go on where they were stopped, leave no seed out, and the document is what the files say."""
 
 import json
+import os
 import signal
 import statistics
 from dataclasses import replace
@@ -200,6 +201,32 @@ def test_scores_beside_runs_every_seed_in_a_process_of_its_own(tmp_path, monkeyp
     (killed,) = map(json.loads, lines_of(tmp_path))
     assert (killed["seed"], killed["score"], killed["crash"]) == (1, -1.0, "killed by SIGKILL")
     assert "-1.00 (crashed); 1 of 3 run" in (tmp_path / "agents.md").read_text()
+
+
+def test_scores_terminated_leave_no_process_running(tmp_path, monkeypatch):
+    started = []
+
+    class Process:
+        def __init__(self, command, env):
+            self.ended = False
+            started.append(self)
+
+        def poll(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def terminate(self):
+            self.ended = True
+
+        def wait(self):
+            assert self.ended
+
+    monkeypatch.setattr(scores_script, "subprocess", SimpleNamespace(Popen=Process))
+    handler = signal.getsignal(signal.SIGTERM)
+
+    assert scores_script.main(["--jobs=2", f"--out={tmp_path}"], [TINY]) == 143
+
+    assert [process.ended for process in started] == [True, True]
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def cells_of(text, task):
