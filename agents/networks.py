@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from gymnasium import spaces
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Integer, Shaped
 from torch import Tensor, nn
 
 from rlfeed import specs
@@ -111,7 +112,7 @@ class Recurrent(nn.Module):
         Returns:
             A Box ``[layers, width]``; a Tuple of two for an LSTM.
         """
-        box = spaces.Box(-math.inf, math.inf, (self.layers, self.width), "float32")
+        box = spaces.Box(-math.inf, math.inf, (self.layers, self.width), np.float32)
         return spaces.Tuple((box, box)) if self.kind == "lstm" else box
 
     def initial_carry(self, rows: int) -> Nest:
@@ -177,8 +178,8 @@ class Encoder(nn.Module):
     """Turn a nested observation into one vector of features per row.
 
     A leaf is read by its space: a uint8 Box ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]`` is an image, scaled to [0, 1]
-    by its upper bound and reduced by strided convolutions; any other Box and MultiBinary are flattened; Discrete and
-    MultiDiscrete become one-hot vectors.
+    by its upper bound and reduced by strided convolutions, and so is a bool Box of three axes; any other Box and
+    MultiBinary are flattened; Discrete and MultiDiscrete become one-hot vectors.
 
     Args:
         space: The Gymnasium space of one observation: these kinds, and Dict and Tuple of them, nested.
@@ -390,7 +391,7 @@ class _Image(nn.Module):
         self.convolutions = nn.Sequential(*layers)
         self.features = channels * height * width
 
-    def forward(self, value: Integer[Tensor, "B ..."]) -> Float[Tensor, "B features"]:
+    def forward(self, value: Shaped[Tensor, "B ..."]) -> Float[Tensor, "B features"]:
         image = value.reshape(len(value), *self.shape).float() * self.scale
         if self.channels_last:
             image = image.permute(0, 3, 1, 2)
@@ -431,6 +432,7 @@ def _part(space: spaces.Space, where: str, generator: torch.Generator) -> nn.Mod
     shape = space.shape or ()
     if math.prod(shape) == 0:
         raise SpaceError(f"{where}: has shape {shape}, no numbers at all; expected at least one. Leave it out.")
-    if space.dtype == "uint8" and isinstance(space, spaces.Box) and len(shape) in (2, 3):
+    dimensions = {"uint8": (2, 3), "bool": (3,)}.get(str(space.dtype), ())  # of an image; a flat bool one is a table
+    if isinstance(space, spaces.Box) and len(shape) in dimensions:
         return _Image(space, generator)
     return _Flat(space)

@@ -73,6 +73,13 @@ def test_encoder_of_images_channels_first_and_last_agree():
     assert torch.equal(last(image), first(image.permute(0, 3, 1, 2).contiguous()))
 
 
+def test_encoder_of_a_bool_grid_with_channels_sees_what_it_sees_in_uint8():
+    grid, bits = (encoder(spaces.Box(0, 1, (10, 10, 4), dtype)) for dtype in (np.bool_, np.uint8))
+    assert len(grid.state_dict()) == len(bits.state_dict()) == 2
+    shown = torch.rand(3, 10, 10, 4, generator=torch.Generator().manual_seed(5)) < 0.3
+    torch.testing.assert_close(grid(shown), bits(shown.to(torch.uint8)))
+
+
 def test_encoder_of_images_sees_where_a_pixel_is():
     net = encoder(spaces.Box(0, 1, (10, 10, 1), np.uint8))
     images = torch.zeros(2, 10, 10, 1, dtype=torch.uint8)
