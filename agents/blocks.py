@@ -65,9 +65,8 @@ def cut(batch: Batch, normalize: Callable[[Nest], Nest], *, sequences: bool) -> 
         The block. What follows the last step of a sequence is its true successor.
     """
     if not sequences:
-        return Block(
-            batch, Inputs(batch.observation), torch.ones_like(batch.terminated) if batch.mask is None else batch.mask
-        )
+        mask = torch.ones_like(batch.terminated) if batch.mask is None else batch.mask
+        return Block(batch, Inputs(normalize(batch.observation)), mask)
     pieces: Any = next(epoch(batch, Episode(), batch.reward.numel(), shuffle=False))
     is_first = torch.nn.functional.pad(pieces.is_first, (0, 1))  # behind its last step no episode begins
     action, reward = (

@@ -6,9 +6,11 @@ import pytest
 import torch
 from support.probing import config_for
 
+from agents.blocks import cut, minibatches
 from agents.dqn import DQN
+from agents.ppo import PPO
 from agents.training import build_parts, new_buffer, new_source, train
-from rlfeed.testing.probes import ArmEnv, CorridorEnv
+from rlfeed.testing.probes import ArmEnv, CorridorEnv, RegulatorEnv
 
 
 @pytest.mark.parametrize("memory", ["lstm", "gru"])
@@ -49,3 +51,20 @@ def test_target_network_is_copied_after_so_many_updates_with_any_number_of_envir
     agent, _ = train(replace(config, env=replace(config.env, num_envs=num_envs)), env=ArmEnv)
     assert agent.updates.value == 2 * (1 + (240 - 24) // 8)
     assert copies == [10, 20, 30, 40, 50]
+
+
+@pytest.mark.parametrize("preset", ["ppo", "ppo_rnn"])
+def test_first_minibatch_of_every_block_of_a_run_has_a_ratio_of_one(preset, monkeypatch):
+    """(d): also once observations have been counted, by whose statistics actor and learner normalise."""
+    found, learn = [], PPO.learn
+
+    def watched(agent, batch, *, env_steps):
+        block = cut(batch, agent.network.normalized, sequences=agent.network.core is not None)
+        minibatch = next(minibatches(block, agent.estimate(block), 1, torch.Generator()))
+        found.append(agent.loss(minibatch, torch.tensor(0.2))[1]["train/approx_kl"].item())
+        return learn(agent, batch, env_steps=env_steps)
+
+    monkeypatch.setattr(PPO, "learn", watched)
+    train(config_for(preset, "P14", {}, total_steps=200), env=RegulatorEnv)
+    assert len(found) == 10
+    assert max(found) < 1e-6
