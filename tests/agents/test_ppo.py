@@ -95,6 +95,20 @@ def test_first_minibatch_of_any_space_has_a_ratio_of_one(kind, core):
     assert agent.learn(batch, env_steps=0).updates == 8
 
 
+@pytest.mark.parametrize("core", ["none", "lstm"])
+def test_first_minibatch_of_the_second_block_has_a_ratio_of_one_again(core):
+    """(d): the statistics of observations have moved; those who act and those who learn read the same ones."""
+    envs = make_envs(lambda: Spaces(spaces.Discrete(3)), 3, mode="serial")
+    agent = agent_of(envs, core=core, core_width=8)
+    blocks = Rollout(envs, agent.policy, seed=0).blocks(16)
+    agent.learn(next(blocks), env_steps=0)
+    block = cut(next(blocks), agent.network.normalized, sequences=core != "none")
+    minibatch = next(minibatches(block, agent.estimate(block), 2, agent.order))
+    _, scalars = agent.loss(minibatch, torch.tensor(1e-5))
+    assert scalars["train/approx_kl"].item() == pytest.approx(0, abs=1e-10)
+    assert scalars["train/clip_fraction"].item() == 0
+
+
 def test_masked_actions_are_never_drawn_and_the_mask_comes_back_to_the_learner():
     agent, batch = play(lambda: Spaces(spaces.Discrete(3), masked=True), steps=32)
     assert set(batch.action.unique().tolist()) == {0, 2}
