@@ -157,7 +157,7 @@ def pqn_rnn() -> BlockTrainConfig:
     """
     return BlockTrainConfig(
         env=EnvConfig(id="rlfeed.testing.masked:MaskedVelocityCartPole", num_envs=32),
-        agent=PQNConfig(core="gru", core_width=64, widths=(64,)),
+        agent=PQNConfig(core="gru", core_width=64, widths=(64,), lr=1e-3, lam=0.8, epsilon_end=0.05),
         total_steps=300_000,
         block_length=32,
         eval_every=50_000,
