@@ -285,7 +285,6 @@ class R2D2(ReplayAgent):
         delta = torch.where(window.valid, target - value, 0.0)  # where, not a product: padding may hold anything
         losses = delta.square().sum(dim=1) / 2
         loss = losses.mean() if batch.weights is None else (batch.weights * losses).mean()
-
         self.optimizer.param_groups[0]["lr"] = self.lr(env_steps)
         self.optimizer.zero_grad()
         loss.backward()
@@ -296,7 +295,8 @@ class R2D2(ReplayAgent):
             self.target.load_state_dict(self.network.state_dict())
         scalars = {"train/loss": loss.detach(), "train/grad_norm": grad_norm}
         scalars |= self._told(window, self.unscaled(values[:, :-1].detach()))
-        return Learned(scalars, torch.zeros_like(batch.reward).scatter_add_(1, window.column, delta.detach().abs()))
+        errors = torch.where(window.valid, delta.detach().abs() + 1e-6, 0.0)  # what has no error can still be drawn
+        return Learned(scalars, torch.zeros_like(batch.reward).scatter_add_(1, window.column, errors))
 
     def _told(self, window: _Window, values: Float[Tensor, "B W A"]) -> dict[str, Tensor]:
         """Say how large the values are, and how far from those by which the actor chose: weights and carry get old."""

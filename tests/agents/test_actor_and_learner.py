@@ -33,6 +33,21 @@ def test_burn_in_from_the_stored_carry_gives_the_values_by_which_the_actor_chose
     assert burn_in or parts.agent.learn(batch, env_steps=0).scalars["train/q_drift"].item() > 1e-3
 
 
+def test_sequences_without_an_error_keep_a_priority():
+    """Where everything is learned, nothing could be drawn."""
+    parts = build_parts(config_for("r2d2", "P17", {}), CorridorEnv)
+    buffer = new_buffer(config_for("r2d2", "P17", {}), parts, "private")
+    new_source(config_for("r2d2", "P17", {}), parts, buffer).collect(buffer, steps=200)
+    batch = buffer.sample(16, parts.agent.unit)
+    batch.reward.zero_()
+    for network in (parts.agent.network, parts.agent.target):
+        torch.nn.utils.vector_to_parameters(
+            torch.zeros(sum(p.numel() for p in network.parameters())), network.parameters()
+        )
+    priorities = parts.agent.learn(batch, env_steps=0).priorities
+    assert torch.equal(priorities > 0, batch.loss_mask)
+
+
 @pytest.mark.parametrize("num_envs", [1, 4])
 def test_target_network_is_copied_after_so_many_updates_with_any_number_of_environments(num_envs, monkeypatch):
     """B50: updates are due by env steps, copies by updates; neither by turns of all environments together."""
