@@ -169,9 +169,8 @@ def test_learn_of_single_steps_without_memory_has_the_gradients_of_dqn():
     """The oracle: with sequences of one step and nothing to remember R2D2 is DQN, whose errors below 1 are squared."""
     spec = spaces.Box(-10, 10, (3,)), spaces.Discrete(2)
     agent = distinct(make(**{**PLAIN, "widths": (5,), "length": 1, "n_step": 1, "max_grad_norm": 1e9}))
-    dqn = DQN(
-        DQNConfig(widths=(5,), n_step=1, dueling=True, max_grad_norm=1e9), *spec, total_steps=9, seed=0, device=CPU
-    )
+    config = DQNConfig(widths=(5,), n_step=1, dueling=True, max_grad_norm=1e9, priority_exponent=0.9)
+    dqn = DQN(config, *spec, total_steps=9, seed=0, device=CPU)
     for ours, theirs in ((agent.network, dqn.network), (agent.target, dqn.target)):
         theirs.load_state_dict({name: value / 4 for name, value in ours.state_dict().items()})
         ours.load_state_dict(theirs.state_dict())

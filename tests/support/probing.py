@@ -44,6 +44,9 @@ class Small:
 
 _DQN = {"n_step": 3, "target_every": 10, "epsilon_end": 0.2, **NETWORK}
 # 50 is far to go for a network that begins at 0.
+_ENDLESS_SAC = {"lr": 0.03, "n_step": 5, "tau": 0.5}
+_ENDLESS_R2D2 = {"lr": 0.03, "n_step": 5, "length": 8, "target_every": 5}
+_REGULATOR_SAC = {"lr": 3e-3, "critic_widths": (64, 64), "tau": 0.05}
 _ENDLESS_DQN = {"lr": 0.3, "n_step": 5, "target_every": 5, "widths": ()}
 _PPO = {"epochs": 4, "minibatches": 2, **NETWORK}
 _PQN = {"epochs": 4, "minibatches": 2, "epsilon_end": 0.2, **NETWORK}
@@ -68,8 +71,15 @@ SMALL = {
         1500,
         probes={"P7": {**_ENDLESS_DQN, "v_min": 0.0, "v_max": 60.0, "lr": 0.03}},
     ),
-    "sac": Small(_SAC, REPLAY, 1, 1500, ("continuous",), probes={"P7": {"lr": 0.1}, "P15": {"alpha": 0.1}}),
-    "r2d2": Small(_R2D2, REPLAY, 4, 1200, control={"memory": "none"}),
+    "sac": Small(
+        _SAC,
+        REPLAY,
+        1,
+        4000,
+        ("continuous",),
+        probes={"P7": _ENDLESS_SAC, "P14": _REGULATOR_SAC, "P15": {"alpha": 0.1}},
+    ),
+    "r2d2": Small(_R2D2, REPLAY, 4, 3000, control={"memory": "none"}, probes={"P7": _ENDLESS_R2D2}),
 }
 
 
