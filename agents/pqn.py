@@ -63,7 +63,7 @@ class PQNConfig(AgentConfig):
         widths: Units of the fully connected layers after the encoder.
         core: What remembers: none, lstm or gru.
         core_width: Units of each of its layers.
-        core_layers: Its layers.
+        core_layers: Layers of the core, one upon the other.
         max_grad_norm: The gradient's norm is scaled down to this.
         epsilon_start: Probability of a random action at the first env step, 0 to 1.
         epsilon_end: Probability of a random action once exploration has fallen, 0 to 1.

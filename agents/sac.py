@@ -59,7 +59,7 @@ class SACConfig(AgentConfig):
         tau: Part of the critics that moves into their targets at each update, 0 to 1; 0: there are no targets.
         policy_delay: Updates of the critics for each of actor and temperature.
         alpha: Temperature, the weight of entropy against reward, above 0; the first one where it is learned.
-        learn_alpha: Whether it is.
+        learn_alpha: Whether the temperature is learned or stays as it begins.
         alpha_lr: Learning rate of its logarithm, in multiples of lr.
         target_entropy: Entropy that the temperature is learned for, per number of an action, in nats.
         norm: Normalisation in actor and critics: none, renorm (CrossQ's) or batch (XQC's).

@@ -55,7 +55,7 @@ class ReplayLoopConfig(LoopConfig):
                 f"batch_size: is {self.batch_size}, more than the capacity of {self.capacity} rows; expected at most "
                 "that. Raise --capacity."
             )
-        if 0 < self.learning_starts < self.batch_size:
+        if 0 < self.learning_starts < min(self.batch_size, self.total_steps // 10):  # a short run has no more to store
             found.append(
                 f"batch_size: is {self.batch_size}, more than the {self.learning_starts} steps stored before learning "
                 f"starts; expected at most those. Set --learning-starts {self.batch_size} or a smaller batch."

@@ -213,3 +213,16 @@ def test_loop_resumed_draws_what_the_uninterrupted_one_would_have_numbered(tmp_p
 def test_config_with_several_wrong_values_names_all():
     with pytest.raises(ConfigError, match=r"total_steps: is 0; .*batch_size: is -1; .*num_workers: is -2; .*least 0"):
         ReplayLoopConfig(total_steps=0, batch_size=-1, num_workers=-2)
+
+
+@pytest.mark.parametrize(
+    ("starts", "batch", "total", "refused"),
+    [(1000, 5000, 50_000, True), (10, 256, 50_000, True), (0, 256, 50_000, False), (12, 256, 120, False)],
+)
+def test_config_whose_batch_is_larger_than_what_is_stored_before_learning_is_refused(starts, batch, total, refused):
+    settings = {"learning_starts": starts, "batch_size": batch, "total_steps": total}
+    if not refused:  # nothing is stored before learning begins, or the run is too short to store more
+        assert ReplayLoopConfig(**settings).learning_starts == starts
+        return
+    with pytest.raises(ConfigError, match=rf"batch_size: is {batch}, more than the {starts} steps stored before"):
+        ReplayLoopConfig(**settings)
