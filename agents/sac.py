@@ -66,8 +66,8 @@ class SACConfig(AgentConfig):
         norm_warmup: Updates before renorm corrects batches towards the running statistics.
         unit_weights: Whether weights are scaled to norm 1 after each update.
         atoms: Atoms of the critics' distributions over returns, at least 2; 1: critics are plain numbers.
-        v_min: Lowest atom.
-        v_max: Highest atom.
+        v_min: The lowest atom of the categorical critic.
+        v_max: The highest atom of the categorical critic.
         scale_rewards: Whether rewards are divided by the deviation of the discounted return.
         noise_correlation: Correlation of exploration noise from one step to the next, 0 to below 1. The policy's
             distribution at each step stays what it is; what is tried is kept up for about 1 / (1 - correlation) steps.
