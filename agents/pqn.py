@@ -75,15 +75,15 @@ class PQNConfig(AgentConfig):
     gamma: float = 0.99
     lam: float = 0.95
     epochs: int = 4
-    minibatches: int = 8
+    minibatches: int = 16
     widths: tuple[int, ...] = (128, 128)
     core: Core = "none"
     core_width: int = 128
     core_layers: int = 1
     max_grad_norm: float = 10.0
     epsilon_start: float = 1.0
-    epsilon_end: float = 0.1
-    epsilon_fraction: float = 0.1
+    epsilon_end: float = 0.2
+    epsilon_fraction: float = 0.2
 
     def __post_init__(self) -> None:
         check(self, {
@@ -142,7 +142,7 @@ def pqn() -> BlockTrainConfig:
         env=EnvConfig(num_envs=32),
         agent=PQNConfig(),
         total_steps=300_000,
-        block_length=32,
+        block_length=64,
         eval_every=50_000,
         checkpoint_every=50_000,
         log_every=5_000,
@@ -157,7 +157,10 @@ def pqn_rnn() -> BlockTrainConfig:
     """
     return BlockTrainConfig(
         env=EnvConfig(id="rlfeed.testing.masked:MaskedVelocityCartPole", num_envs=32),
-        agent=PQNConfig(core="gru", core_width=64, widths=(64,), lr=1e-3, lam=0.8, epsilon_end=0.05),
+        agent=PQNConfig(
+            core="gru", core_width=64, widths=(64,), lr=1e-3, lam=0.8, minibatches=8, epsilon_end=0.05,
+            epsilon_fraction=0.1,
+        ),
         total_steps=300_000,
         block_length=32,
         eval_every=50_000,
