@@ -93,21 +93,26 @@ def train(env, directory, num_envs=1, total_steps=1500, **config):
     return agent, loop.evaluation
 
 
-@pytest.mark.parametrize("num_envs", [1, 3])
-@pytest.mark.parametrize("n_step", [1, 3])
+SLOW = pytest.mark.slow  # the probes of tests/agents/test_probes.py ask the same of every module
+
+
+@pytest.mark.parametrize(
+    ("n_step", "num_envs"), [*(pytest.param(*pair, marks=SLOW) for pair in ((1, 1), (1, 3), (3, 1))), (3, 3)]
+)
 def test_value_where_only_time_ends_episodes_is_that_of_the_endless_problem(tmp_path, num_envs, n_step):
     agent, _ = train(Blind, tmp_path, num_envs, n_step=n_step)
     # 1 / (1 - 0.8). Truncation taken for termination would give 1 / (1 - 0.8 * 7 / 8) = 3.3 with single steps.
     assert agent.network(torch.ones(1, 1)).item() == pytest.approx(5.0, abs=0.05)
 
 
-@pytest.mark.parametrize("n_step", [1, 3])
+@pytest.mark.parametrize("n_step", [pytest.param(1, marks=SLOW), 3])
 def test_value_along_a_chain_that_terminates_is_discounted_per_step(tmp_path, n_step):
     agent, _ = train(Chain, tmp_path, n_step=n_step)
     values = agent.network(torch.arange(6)).squeeze(1).tolist()
     assert values == pytest.approx([0.8**steps for steps in (5, 4, 3, 2, 1, 0)], abs=0.02)
 
 
+@SLOW
 def test_policy_finds_the_action_that_is_rewarded(tmp_path):
     _, evaluation = train(lambda: ConstantRewardEnv(best_action=2, actions=3), tmp_path, widths=(16,), lr=0.01)
     assert evaluation.mean == 10.0
